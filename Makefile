@@ -1,0 +1,46 @@
+# `make demo` and `make test` set up all they need; only python3, make and a package index are assumed.
+.PHONY: setup demo test lint format lock docs clean demo-assets
+.DELETE_ON_ERROR:
+
+UV_VERSION := 0.13.8
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# torch and numpy start a thread pool each in every worker process; the workers share the cores themselves.
+export PYTHONUNBUFFERED := 1
+
+setup: $(STAMP)
+
+# uv takes the torch that torchvision was built against, and checks every hash. An interrupted set-up starts over.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; name another with make PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@echo "installing the locked packages into .venv (about 5 GB, once)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/faculty run -c conf/demo/run.yaml
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+# The lock pins and hashes every package, development tools included, for all platforms; it names no index.
+lock:
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv==$(UV_VERSION); }
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet --output-file requirements.lock
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

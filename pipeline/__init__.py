@@ -1,0 +1,1 @@
+"""Faculty: one small student from a repository of heterogeneous pre-trained teachers."""

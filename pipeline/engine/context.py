@@ -1,0 +1,100 @@
+"""The one seam between the training loop and whatever runs it: a process of its own, or a worker of a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class WorkerContext(Protocol):
+    """What a training loop may ask of the place it runs in.
+
+    Attributes
+    ----------
+    rank, world_size : int
+        This worker's number and the number of workers.
+    device : torch.device
+        Where this worker computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move a module to the device and wrap it for data-parallel training where there are several workers."""
+        ...
+
+    def report(self, metrics: dict[str, float], checkpoint: Path | None = None) -> None:
+        """Report metrics; every rank calls this equally often.
+
+        Parameters
+        ----------
+        metrics : dict of str to float
+            Only rank 0's are kept.
+        checkpoint : Path, optional
+            A local folder to persist as the newest checkpoint; given by rank 0 alone. It may be deleted after the call.
+        """
+        ...
+
+    def restore(self) -> contextlib.AbstractContextManager[Path | None]:
+        """Give the newest checkpoint as a local folder, or None when this is the first start."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until every worker has come here."""
+        ...
+
+
+class LocalContext:
+    """A single worker in this process.
+
+    Parameters
+    ----------
+    folder : Path, optional
+        Where the newest checkpoint is kept; without it checkpoints are dropped and nothing is restored.
+    on_report : callable, optional
+        Called with every metrics dict.
+    device : torch.device, optional
+        Default: the first CUDA device if there is one, else the CPU.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        on_report: Callable[[dict[str, float]], None] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._folder = folder
+        self._on_report = on_report
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move the module to the device."""
+        return model.to(self.device)
+
+    def report(self, metrics: dict[str, float], checkpoint: Path | None = None) -> None:
+        """Add the checkpoint as the newest (a crash leaves the former one) and pass metrics on."""
+        if checkpoint is not None and self._folder is not None:
+            from pipeline.engine.checkpoint import replace_folder
+
+            replace_folder(checkpoint, self._folder)
+        if self._on_report is not None:
+            self._on_report(metrics)
+
+    def restore(self) -> contextlib.AbstractContextManager[Path | None]:
+        """Give the newest checkpoint's folder."""
+        from pipeline.engine.checkpoint import newest_folder
+
+        return contextlib.nullcontext(newest_folder(self._folder) if self._folder is not None else None)
+
+    def barrier(self) -> None:
+        """Return at once: there is no other worker."""

@@ -1,0 +1,43 @@
+"""Settings of the training loop."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.strict import StrictModel
+
+
+class OptimSpec(StrictModel):
+    """The optimiser and its schedule.
+
+    `lr` is the peak learning rate; it rises linearly over `warmup` (a fraction of all steps), then follows `schedule`:
+    `cosine` falls to 0 along half a cosine, `one_cycle` falls linearly to 0, `step` is multiplied by `gamma` at each
+    fraction in `milestones`, `constant` stays.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only (Nesterov)")
+    schedule: Literal["cosine", "one_cycle", "step", "constant"] = "cosine"
+    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of all steps")
+    milestones: tuple[float, ...] = Field((0.5, 0.75), description="fractions of all steps, for schedule: step")
+    gamma: float = Field(0.1, gt=0, le=1)
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; null: no clipping")
+
+
+class LoopSpec(StrictModel):
+    """How long and in what batches a student trains.
+
+    An epoch is one pass over the images that teachers teach on (labelled and unlabelled). Every step also draws
+    `labelled_batch` labelled images for the cross-entropy. Batches are global: they are shared among the workers.
+    """
+
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(128, ge=1, description="images taught by teachers in one step, over all workers")
+    labelled_batch: int = Field(64, ge=1, description="labelled images in one step, over all workers")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
+    optim: OptimSpec = OptimSpec()

@@ -1,0 +1,29 @@
+"""Errors that reach the user as one line, and the exit code each one ends the process with."""
+
+
+class FacultyError(Exception):
+    """A failure that is explained in one line; the process ends with exit code 1."""
+
+    exit_code = 1
+
+
+class UserError(FacultyError):
+    """Bad input: the message names the file, the field and the remedy; the process ends with exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """Settings that do not parse, do not validate or contradict each other."""
+
+
+class DataError(UserError):
+    """A data set that can't be read or can't serve the task: no sample, an empty class, a label outside the classes."""
+
+
+class TeacherError(UserError):
+    """A teacher that can't be loaded or does not do what the zoo says of it."""
+
+
+class StageError(FacultyError):
+    """A stage that failed while it ran; what earlier stages produced is intact."""

@@ -1,0 +1,194 @@
+"""Strict settings: the base model, the YAML loader and validation errors that name file, path and nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from pipeline.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """Base of all settings: unknown keys are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+Model = TypeVar("Model")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``3e-4`` as a float and rejects duplicate keys."""
+
+
+# YAML 1.1 wants a dot and a signed exponent in a float, so that 3e-4 would be read as a string.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
+        |\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    loader.flatten_mapping(node)
+    result: dict[Hashable, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
+        if key in result:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"duplicate key {key!r}; keep one of the two", key_node.start_mark
+            )
+        result[key] = loader.construct_object(value_node, deep=True)
+    return result
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Parse one YAML document; `where` names it in errors.
+
+    Raises
+    ------
+    ConfigError
+        On a syntax error or a duplicate key, with the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}{line}: {problem}") from None
+
+
+def load_yaml(path: str | Path) -> Any:
+    """Read one YAML file strictly (safe tags only, no duplicate keys).
+
+    Raises
+    ------
+    ConfigError
+        When the file can't be read or is not valid YAML.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    return parse_yaml(text, where=str(path))
+
+
+def validate(model: type[Model], data: Any, *, where: str | Callable[[Sequence[Any]], str]) -> Model:
+    """Validate `data` against a pydantic model or union.
+
+    Parameters
+    ----------
+    model : type
+    data : plain values, as YAML gives them
+    where : str or callable
+        The file to name in errors, or a function from the path of a value to the file that set it.
+
+    Raises
+    ------
+    ConfigError
+        One line for each problem: where, the dotted path, what is wrong and the nearest valid key.
+    """
+    try:
+        return TypeAdapter(model).validate_python(data)
+    except ValidationError as error:
+        items = error.errors(include_url=False)
+        lines = [f"{where if isinstance(where, str) else where(i['loc'])}: {_explain(model, i)}" for i in items]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _explain(model: Any, item: Any) -> str:
+    location = list(item["loc"])
+    names, fields = [], None
+    current: Any = model
+    for part in location:
+        options = _models_of(current)
+        tagged = [option for option in options if part == _tag_of(option)]
+        if tagged:  # the tag of a discriminated union is no key of the file
+            current = tagged[0]
+            continue
+        names.append(str(part))
+        fields = sorted({key for option in options for key in option.model_fields})
+        current = next((o.model_fields[part].annotation for o in options if part in o.model_fields), None) or (
+            _item_type(current)
+        )
+    path = ".".join(names) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(names[-1], fields or [], n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(fields or [])}"
+        return f"`{path}` is not a setting; {hint}"
+    if item["type"] == "missing":
+        return f"`{path}` is missing"
+    if item["type"] == "union_tag_invalid":
+        given, expected = str(item["ctx"]["tag"]), str(item["ctx"]["expected_tags"])
+        near = difflib.get_close_matches(given, expected.replace("'", "").split(", "), n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid: {expected}"
+        field = str(item["ctx"]["discriminator"]).strip("'")
+        return f"`{path}.{field}` is {given!r}; {hint}"
+    if item["type"] == "union_tag_not_found":
+        return f"`{path}.{str(item['ctx']['discriminator']).strip(chr(39))}` is missing"
+    if item["type"] == "literal_error":
+        near = difflib.get_close_matches(
+            str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]), n=1, cutoff=0.5
+        )
+        hint = f"did you mean `{near[0]}`?" if near else f"valid: {item['ctx']['expected']}"
+        return f"`{path}` is {item['input']!r}; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = repr(item["input"])
+    if item["type"] == "value_error" or len(shown) > 60:
+        return f"`{path}`: {message}"
+    return f"`{path}` is {shown}: {message[0].lower()}{message[1:]}"
+
+
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    """Return every pydantic model that an annotation admits."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _models_of(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [found for option in typing.get_args(annotation) for found in _models_of(option)]
+    return []
+
+
+def _tag_of(model: type[BaseModel]) -> Any:
+    for name in ("type", "source"):
+        field = model.model_fields.get(name)
+        if field is not None and typing.get_origin(field.annotation) is typing.Literal:
+            return typing.get_args(field.annotation)[0]
+    return None
+
+
+def _item_type(annotation: Any) -> Any:
+    """Return the type of the items of a list or mapping annotation."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _item_type(typing.get_args(annotation)[0])
+    if origin in (list, tuple, set, dict):
+        arguments = [a for a in typing.get_args(annotation) if a is not Ellipsis]
+        return arguments[-1] if arguments else None
+    if origin in (typing.Union, types.UnionType):
+        return next(filter(None, map(_item_type, typing.get_args(annotation))), None)
+    return None

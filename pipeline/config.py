@@ -1,0 +1,277 @@
+"""All settings of a run: strict models, YAML overlays, `section.key=value` overrides.
+
+The embedded defaults are the default recipe. Paths in a file (keys `path` and `root`) are relative to that file;
+`run_dir` and paths in overrides are relative to the current folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.cluster.spec import ClusterSpec
+from pipeline.data.spec import AugmentSpec, ImageSpec, SourceSpec, SplitSpec
+from pipeline.engine.spec import LoopSpec, ObjectiveSpec
+from pipeline.errors import ConfigError
+from pipeline.models.spec import StudentSpec
+from pipeline.strict import StrictModel, load_yaml, parse_yaml, validate
+from pipeline.tracking.spec import RegisterSpec, TrackingSpec
+
+
+class TaskSettings(StrictModel):
+    """The target task: where its images come from and how they are split."""
+
+    source: SourceSpec
+    test_source: SourceSpec | None = Field(None, description="a source of its own for the test split")
+    image: ImageSpec
+    splits: SplitSpec = SplitSpec()
+
+    @model_validator(mode="after")
+    def _splits_possible(self) -> TaskSettings:
+        problem = self.splits.problem(test_source=self.test_source is not None)
+        if problem:
+            raise ValueError(f"splits: {problem}")
+        return self
+
+
+class ZooSettings(StrictModel):
+    """The repository of teachers."""
+
+    path: str = Field(description="the zoo file (YAML)")
+    only: tuple[str, ...] | None = Field(None, description="assess these teachers alone; null: all")
+    trusted_factories: tuple[str, ...] = Field(
+        ("pipeline.", "torchvision.", "timm."),
+        description="prefixes of the modules that a zoo file may take a `factory` from: it is code that will run",
+    )
+
+
+class TrialResources(StrictModel):
+    """What one teacher's forward passes take of the cluster. Not part of a stage's key."""
+
+    cpus: float = Field(1.0, gt=0)
+    gpus: float = Field(0.0, ge=0, description="may be a fraction")
+    max_concurrent: int | None = Field(None, ge=1, description="null: as many as the cluster's live resources hold")
+    max_failures: int = Field(1, ge=0, description="restarts after a lost process")
+
+
+class BridgeSettings(StrictModel):
+    """How a teacher's label space is related to the task's, see `pipeline.transport.bridge`."""
+
+    kind: Literal["prototype", "conditional", "centres"] = "centres"
+    temperature: float = Field(0.1, gt=0, description="of the softmax over a teacher's classes or centres")
+
+
+class AssessSettings(StrictModel):
+    """How teachers are scored."""
+
+    bridge: BridgeSettings = BridgeSettings()
+    neighbours: int = Field(5, ge=1, description="k of the k-NN score")
+    batch_size: int = Field(256, ge=1)
+    resources: TrialResources = TrialResources()
+
+
+class SelectSettings(StrictModel):
+    """How the winning set is chosen from the assessed teachers."""
+
+    max_teachers: int = Field(4, ge=1)
+    max_params: int | None = Field(None, ge=1, description="parameters of the whole set; null: no limit")
+    min_gain: float = Field(0.0, ge=0, le=1, description="transport gain below which a teacher is not considered")
+    confidence: float = Field(0.9, gt=0.5, lt=1, description="of the bootstrap that a set beats no teacher")
+
+
+class AmalgamateSettings(StrictModel):
+    """How the chosen teachers share the images."""
+
+    batch_size: int = Field(256, ge=1)
+    resources: TrialResources = TrialResources()
+
+
+class TrainResources(StrictModel):
+    """What a training run takes of the cluster. Not part of a stage's key."""
+
+    num_workers: int = Field(1, ge=0, description="data-parallel workers; 0 trains in this process, without Ray")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    max_failures: int = Field(2, ge=0, description="restarts from the last checkpoint after a lost worker")
+
+
+class DistillSettings(StrictModel):
+    """How the student is trained."""
+
+    student: StudentSpec = StudentSpec(name="small_cnn")
+    loop: LoopSpec = LoopSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
+    augment: AugmentSpec = AugmentSpec()
+    resources: TrainResources = TrainResources()
+
+
+class EvaluateSettings(StrictModel):
+    """What the student is compared with."""
+
+    seeds: int = Field(1, ge=1, description="trainings of every arm, the student's included")
+    controls: tuple[Literal["no_teacher", "best_single"], ...] = ("no_teacher",)
+    batch_size: int = Field(512, ge=1)
+
+
+class Settings(StrictModel):
+    """Everything that decides what a run does."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run's name")
+    run_dir: str = Field("", description="where artefacts lie; default: runs/<name>")
+    seed: int = Field(0, ge=0)
+    task: TaskSettings
+    zoo: ZooSettings
+    assess: AssessSettings = AssessSettings()
+    select: SelectSettings = SelectSettings()
+    amalgamate: AmalgamateSettings = AmalgamateSettings()
+    distill: DistillSettings = DistillSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    registration: RegisterSpec = Field(RegisterSpec(), alias="register")
+    tracking: TrackingSpec = TrackingSpec()
+    cluster: ClusterSpec = ClusterSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_run_dir(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not data.get("run_dir") and isinstance(data.get("name"), str):
+            return {**data, "run_dir": f"runs/{data['name']}"}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        workers = max(self.distill.resources.num_workers, 1)
+        loop = self.distill.loop
+        for field in ("batch_size", "labelled_batch"):
+            if getattr(loop, field) % workers:
+                raise ValueError(
+                    f"distill.loop.{field}={getattr(loop, field)} can't be shared among "
+                    f"distill.resources.num_workers={workers}; make it a multiple"
+                )
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """Return the resolved settings as plain values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+_PATH_KEYS = frozenset({"path", "root"})
+
+
+def load_settings(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Settings:
+    """Read settings from YAML files and overrides.
+
+    Parameters
+    ----------
+    files : sequence of path
+        Merged in order: mappings key by key, anything else replaced whole.
+    overrides : iterable of str
+        ``section.key=value``; the value is YAML.
+
+    Raises
+    ------
+    ConfigError
+        Naming the file (or override), the path and the nearest valid key.
+    """
+    if not files:
+        raise ConfigError("no settings: give a file with -c, for example -c conf/demo/run.yaml")
+    merged: dict[str, Any] = {}
+    origin: dict[tuple[str, ...], str] = {}
+    for file in files:
+        data = load_yaml(file)
+        if not isinstance(data, dict):
+            raise ConfigError(f"{file}: must hold a mapping of settings, got {type(data).__name__}")
+        data = _absolute_paths(data, Path(file).absolute().parent)
+        _merge(merged, data, str(file), origin)
+    return _build(merged, parse_overrides(overrides), origin)
+
+
+def apply(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """Return settings with some values replaced: the one way for overrides and for samples of a search.
+
+    Parameters
+    ----------
+    settings : Settings
+    values : mapping of str
+        From a dotted path to a plain value.
+
+    Raises
+    ------
+    ConfigError
+        If a path is not a setting, or the result is not valid.
+    """
+    return _build(settings.dump(), values, {})
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Parse ``section.key=value`` strings; values are YAML, so ``3e-4`` is a float and ``[a, b]`` a list."""
+    values: dict[str, Any] = {}
+    for text in overrides:
+        path, separator, value = text.partition("=")
+        if not separator or not all(path.split(".")):
+            raise ConfigError(f"override {text!r} is not of the form section.key=value")
+        if path in values:
+            raise ConfigError(f"override {path!r} is given twice; keep one")
+        values[path] = parse_yaml(value, where=f"override {text!r}")
+    return values
+
+
+def _build(data: dict[str, Any], values: Mapping[str, Any], origin: Mapping[tuple[str, ...], str]) -> Settings:
+    data, origin = copy.deepcopy(data), dict(origin)
+    for path, value in values.items():
+        keys = path.split(".")
+        nested: Any = value
+        for key in reversed(keys):
+            nested = {key: nested}
+        _merge(data, nested, f"override {path}={value}", origin)
+    return validate(Settings, data, where=lambda location: _origin_of(location, origin))
+
+
+def _merge(into: dict[str, Any], data: Mapping[str, Any], where: str, origin: dict, path: tuple[str, ...] = ()) -> None:
+    # A mapping with another discriminator is another thing: its old keys would only be in the way.
+    if "type" in data and "type" in into and data["type"] != into["type"]:
+        into.clear()
+    for key, value in data.items():
+        here = (*path, str(key))
+        origin[here] = where
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value, where, origin, here)
+        elif isinstance(value, Mapping):
+            into[key] = {}
+            _merge(into[key], value, where, origin, here)
+        else:
+            into[key] = copy.deepcopy(value)
+
+
+def _origin_of(location: Sequence[Any], origin: Mapping[tuple[str, ...], str]) -> str:
+    """Return the file or override that set a value, or the one nearest above it."""
+    names = [str(part) for part in location]
+    known = [path for path in origin if all(part in names for part in path) and names[:1] == list(path[:1])]
+    if known:
+        return origin[max(known, key=len)]
+    return " + ".join(dict.fromkeys(origin.values())) or "settings"
+
+
+def _absolute_paths(data: Any, base: Path) -> Any:
+    if isinstance(data, dict):
+        return {
+            key: str(base / os.path.expanduser(value))
+            if key in _PATH_KEYS and isinstance(value, str) and "://" not in value
+            else _absolute_paths(value, base)
+            for key, value in data.items()
+        }
+    if isinstance(data, list):
+        return [_absolute_paths(value, base) for value in data]
+    return data
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return a hint that names the most similar of `names`, or lists them."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""The only importer of mlflow: trackers and the model registry."""

@@ -9,6 +9,9 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.strict import StrictModel
 
+# Where a zoo file may take a `factory` from, unless the settings trust more.
+TRUSTED_FACTORIES = ("pipeline.models.", "torchvision.models.", "timm.")
+
 BUILTIN_LABELS = ("mnist", "fashion-mnist", "cifar-10", "cifar-100", "imagenet-1k")
 
 Side = Annotated[int, Field(ge=1, le=4096)]
@@ -141,7 +144,8 @@ class StateDictModel(StrictModel):
 class ExportedModel(StrictModel):
     """A program written by ``torch.export.save``.
 
-    It takes preprocessed images (B, C, H, W) and returns logits (B, C_t), or logits and features (B, D).
+    It takes preprocessed images (B, C, H, W) and returns logits (B, C_t), or logits and features (B, D); logits alone
+    serve as features too. A file that holds anything which could run code is refused.
 
     Attributes
     ----------
@@ -213,8 +217,8 @@ class TeacherSpec(StrictModel):
         Class names in the order of the logits; or the name of a list that ships with the package (``mnist``,
         ``fashion-mnist``, ``cifar-10``, ``cifar-100``, ``imagenet-1k``); or null where the source knows them itself
         (torchvision's published weights) or the names are of no interest (then ``class 0``, ``class 1``, ...).
-    preprocessing : PreprocessingSpec
-        What its net wants done to images.
+    preprocessing : PreprocessingSpec or None
+        What its net wants done to images; null: nothing, it takes them as they are stored (a student of another run).
     features : str, optional
         Path of the module whose input is taken as the penultimate features; null: ``classifier``, ``fc`` or ``head`` if
         it is, or ends in, a linear layer, else the last linear layer.
@@ -229,7 +233,7 @@ class TeacherSpec(StrictModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")
     source: TeacherSource
     classes: tuple[str, ...] | str | None = None
-    preprocessing: PreprocessingSpec
+    preprocessing: PreprocessingSpec | None
     features: str | None = None
     taps: dict[str, str] = Field(default_factory=dict)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")

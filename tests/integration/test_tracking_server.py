@@ -1,0 +1,169 @@
+import math
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.tracking.connect import open_tracker
+from pipeline.tracking.registry import register_student, registered
+from pipeline.tracking.resolve import load_mlflow_module
+from pipeline.tracking.spec import TrackingSpec
+
+pytestmark = [
+    pytest.mark.integration,
+    # MLflow 3.17 uses a loader strategy that SQLAlchemy 2.1 deprecates.
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
+]
+SECRET = "sentinel-7f3a"
+
+
+class TinyClassifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(3, 2)
+
+    def forward(self, images):
+        return self.classifier(images.float().mean((2, 3)) / 255)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Start a tracking server on a free port; gives its URI with credentials in it, and its folder."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--artifacts-destination",
+        f"{folder}/artifacts",
+    ]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not _healthy(port):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield f"http://someone:{SECRET}@127.0.0.1:{port}", folder
+    finally:
+        os.killpg(process.pid, 15)  # the session that was started above: the server and its worker
+        process.wait(30)
+
+
+def _healthy(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def test_a_server_records_resumes_registers_and_never_sees_the_credentials(server, tmp_path, monkeypatch, capfd):
+    uri, folder = server
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    torch.manual_seed(0)
+    student = TinyClassifier()
+    example = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)
+    runs, versions = [], []
+    for crash in (True, False):
+        try:
+            with open_tracker(TrackingSpec(), tmp_path / "run", name="run", key="k", params={"uri": uri}) as tracker:
+                with tracker.run("stage", key="s", tags={"uri": uri}) as stage:
+                    stage.metrics({"loss": 1.0, "lost": math.nan, "huge": -math.inf}, step=1)
+                    stage.document("settings", {"uri": uri})
+                versions.append(
+                    register_student(
+                        tracker,
+                        student=student,
+                        example=example,
+                        classes=["a", "b"],
+                        name="served",
+                        alias="challenger",
+                        metadata={"uri": uri},
+                    )
+                )
+                runs.append((tracker.run_id, stage.run_id))
+                if crash:
+                    raise RuntimeError(f"lost {uri}")
+        except RuntimeError:
+            assert tracker.client.get_run(tracker.run_id).info.status == "FAILED"
+    assert runs[0] == runs[1]
+    assert [version.created for version in versions] == [True, False]
+    assert versions[0].version == versions[1].version == registered(tracker, "served", "challenger").version
+
+    stage_run = tracker.client.get_run(stage.run_id)
+    assert stage_run.info.status == "FINISHED"
+    assert math.isnan(stage_run.data.metrics["lost"])
+    assert math.isnan(stage_run.data.metrics["huge"])
+    assert [len(tracker.client.get_metric_history(stage.run_id, name)) for name in ("loss", "lost", "huge")] == [1] * 3
+    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+
+    module = load_mlflow_module("models:/served@challenger")
+    with torch.no_grad():
+        batch = torch.from_numpy(example)
+        assert torch.allclose(module(batch), student(batch), atol=1e-5)
+
+    assert not (tmp_path / "run").exists() or os.listdir(tmp_path / "run") == []
+    assert not {"mlruns", "mlflow.db", "mlartifacts"} & set(os.listdir(tmp_path))
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert SECRET not in tracker.uri + repr(tracker)
+    stored = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name == "model.pt2" for path in stored)
+    assert [path for path in stored if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_a_server_that_answers_with_errors_is_refused(server, tmp_path):
+    uri, _ = server
+    wrong = TrackingSpec(uri=f"{uri}/no/such/place", timeout=20)
+    with pytest.raises(UserError, match="can't be used") as caught, open_tracker(wrong, tmp_path, name="run"):
+        pytest.fail("the block must not be entered")
+    assert SECRET not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_processes_that_come_first_share_one_database(tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys
+        from pipeline.tracking.connect import open_tracker
+        from pipeline.tracking.spec import TrackingSpec
+        with open_tracker(TrackingSpec(), "run", name="run", key="same") as tracker:
+            tracker.metrics({"own": 1}, step=int(sys.argv[1]))
+            print(tracker.run_id, tracker.experiment_id)
+        """
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(number)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    answers = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], answers
+    assert answers[0] == answers[1]
+    assert answers[0][1] == ""
+    assert sorted(os.listdir(tmp_path)) == ["run"]
+    assert sorted(os.listdir(tmp_path / "run")) == [".mlflow.lock", "mlflow.db"]

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.errors import ConfigError, TeacherError
+from pipeline.models.weights import file_sha256
+from pipeline.models.zoo import Zoo, load_zoo
+
+
+def entry(name: str, path: str | None = None, **changes: object) -> dict:
+    return {
+        "name": name,
+        "source": {
+            "type": "safetensors",
+            "path": path or f"weights/{name}.safetensors",
+            "factory": "pipeline.models.nets:mlp",
+        },
+        "preprocessing": {"size": 28, "channels": 1, "mean": [0.5], "std": [0.5]},
+    } | changes
+
+
+def write(folder: Path, *entries: dict) -> Path:
+    (folder / "weights").mkdir(parents=True, exist_ok=True)
+    for item in entries:
+        if not os.path.isabs(item["source"]["path"]):
+            (folder / item["source"]["path"]).write_bytes(item["name"].encode())
+    (folder / "zoo.yaml").write_text(yaml.safe_dump({"teachers": list(entries)}))
+    return folder / "zoo.yaml"
+
+
+def test_paths_are_relative_to_the_zoo_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absolute = tmp_path / "elsewhere.safetensors"
+    path = write(tmp_path / "zoo", entry("a"), entry("b", str(absolute)), entry("c", "../c.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    zoo = load_zoo("zoo/zoo.yaml")
+    assert zoo["a"].path == str(path.parent / "weights" / "a.safetensors")
+    assert zoo["b"].path == str(absolute)
+    assert os.path.samefile(str(zoo["c"].path), tmp_path / "c.safetensors")
+
+
+def test_it_is_a_mapping_in_the_order_of_the_file(tmp_path: Path) -> None:
+    zoo = load_zoo(write(tmp_path, entry("b"), entry("a"), entry("c")))
+    assert zoo.names == tuple(zoo) == ("b", "a", "c")
+    assert len(zoo) == 3 and "a" in zoo and "d" not in zoo
+    assert zoo.only(["c", "b"]).names == ("b", "c")
+    copy = pickle.loads(pickle.dumps(zoo))
+    assert copy.names == zoo.names and copy["a"] == zoo["a"] and copy.fingerprint == zoo.fingerprint
+
+
+def test_unknown_names_get_a_suggestion(tmp_path: Path) -> None:
+    zoo = load_zoo(write(tmp_path, entry("shoes"), entry("tops")))
+    with pytest.raises(ConfigError, match=r"zoo.yaml: there is no teacher 'shoe'; did you mean 'shoes'\?"):
+        zoo["shoe"]
+    with pytest.raises(ConfigError, match="no teacher 'zzz'; it has: shoes, tops"):
+        zoo.only(["tops", "zzz"])
+    with pytest.raises(ConfigError, match="`only` is empty"):
+        zoo.only([])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "must hold `teachers:`"),
+        ("", "must hold `teachers:`"),
+        ("teachers: []", "teachers"),
+        ("teacher: []", "did you mean `teachers`"),
+        ("teachers: [\n", "line"),
+        ("teachers: !!python/object/apply:os.getcwd []", "zoo.yaml"),
+    ],
+)
+def test_bad_files_are_told(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "zoo.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"zoo\.yaml") as caught:
+        load_zoo(tmp_path / "zoo.yaml")
+    assert message in str(caught.value)
+
+
+def test_duplicates_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="two teachers are called 'a'"):
+        load_zoo(write(tmp_path, entry("a"), entry("a")))
+
+
+def fingerprint(folder: Path, item: dict) -> str:
+    return load_zoo(write(folder, item)).fingerprint_of("a")
+
+
+def test_a_fingerprint_is_that_of_what_the_teacher_answers(tmp_path: Path) -> None:
+    first = fingerprint(tmp_path / "1", entry("a"))
+    assert first == fingerprint(tmp_path / "2", entry("a"))
+    assert first == fingerprint(tmp_path / "3", entry("a", "weights/renamed.safetensors", notes="x", licence="MIT"))
+    other = {"preprocessing": {"size": 28, "channels": 1, "mean": [0.4], "std": [0.5]}}
+    assert first != fingerprint(tmp_path / "4", entry("a", **other))
+    zoo = load_zoo(tmp_path / "1" / "zoo.yaml")
+    Path(str(zoo["a"].path)).write_bytes(b"others")
+    assert first != zoo.fingerprint_of("a")
+
+
+def test_the_zoo_s_fingerprint_is_that_of_all(tmp_path: Path) -> None:
+    zoo = load_zoo(write(tmp_path, entry("a"), entry("b")))
+    turned = Zoo([zoo["b"], zoo["a"]])
+    assert len({zoo.fingerprint, turned.fingerprint, zoo.only(["a"]).fingerprint}) == 3
+
+
+def test_a_missing_weight_file_is_told_by_the_fingerprint_alone(tmp_path: Path) -> None:
+    zoo = load_zoo(write(tmp_path, entry("a")))
+    os.remove(str(zoo["a"].path))
+    with pytest.raises(TeacherError, match=r"zoo\.yaml: teacher 'a': `source.path` .* does not exist"):
+        _ = zoo.fingerprint
+
+
+def test_a_file_that_changed_is_hashed_again(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    first = file_sha256(path)
+    assert first == file_sha256(path)
+    path.write_bytes(b"four")
+    assert file_sha256(path) != first

@@ -1,0 +1,163 @@
+"""Checkpoints of a run in a folder or bucket: which of them are whole, and which one is the newest.
+
+Ray Train keeps its own list of checkpoints in a snapshot file, written in place: a driver that is killed while it
+writes leaves a file with which no later run starts. A manifest inside each checkpoint (every file and its size) makes
+a checkpoint prove its own completeness, so that no list is needed: a run continues from the newest whole one, whoever
+wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pyarrow import fs
+
+MANIFEST = "faculty-manifest.json"
+_NAME = re.compile(r"checkpoint_(\d{6,})-[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """One whole checkpoint.
+
+    Attributes
+    ----------
+    name : str
+        Its folder's name inside the run.
+    index : int
+        Its number; the newest has the highest.
+    metrics : dict of str to float
+        What was reported with it.
+    """
+
+    name: str
+    index: int
+    metrics: dict[str, Any]
+
+
+def write_manifest(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write the manifest of a local folder into it."""
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": files, "metrics": metrics}), encoding="utf-8")
+
+
+def new_name(index: int) -> str:
+    """Name a checkpoint so that a repeated index (after a restart) never meets the files of its forerunner."""
+    return f"checkpoint_{index:06d}-{uuid.uuid4().hex[:6]}"
+
+
+def index_of(name: str) -> int | None:
+    """Return the number in a checkpoint's name, or None when it is not the name of a checkpoint."""
+    match = _NAME.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Parameters
+    ----------
+    storage : str
+        A local folder or a URI (``s3://…``, ``gs://…``) that every worker reaches.
+    name : str
+        The run's folder inside it.
+    """
+
+    def __init__(self, storage: str, name: str) -> None:
+        if "://" in storage:
+            self.filesystem, root = fs.FileSystem.from_uri(storage)
+            self.uri = f"{storage.rstrip('/')}/{name}"
+        else:
+            self.filesystem, root = fs.LocalFileSystem(), Path(storage).absolute().as_posix()
+            self.uri = f"{root}/{name}"
+        self.root = f"{root.rstrip('/')}/{name}"
+
+    def whole(self) -> list[SavedCheckpoint]:
+        """Return the whole checkpoints, oldest first."""
+        found = []
+        for info in self._children():
+            name = PurePosixPath(info.path).name
+            index = index_of(name)
+            if info.type == fs.FileType.Directory and index is not None:
+                metrics = self._verified(info.path)
+                if metrics is not None:
+                    found.append(SavedCheckpoint(name, index, metrics))
+        return sorted(found, key=lambda saved: (saved.index, saved.name))
+
+    def newest(self) -> SavedCheckpoint | None:
+        """Return the newest whole checkpoint, or None."""
+        return next(iter(reversed(self.whole())), None)
+
+    def path(self, name: str) -> str:
+        """Return where a checkpoint lies, with the scheme of the storage where it has one."""
+        return f"{self.uri}/{name}"
+
+    def save(self, folder: Path, metrics: dict[str, Any], index: int) -> SavedCheckpoint:
+        """Copy a local folder into the store. The manifest goes last, so that a copy cut short is no checkpoint."""
+        write_manifest(folder, metrics)
+        saved = SavedCheckpoint(new_name(index), index, metrics)
+        target = f"{self.root}/{saved.name}"
+        self.filesystem.create_dir(target, recursive=True)
+        manifest = (folder / MANIFEST).read_bytes()
+        (folder / MANIFEST).unlink()
+        fs.copy_files(folder.as_posix(), target, fs.LocalFileSystem(), self.filesystem)
+        self.write(f"{saved.name}/{MANIFEST}", manifest)
+        return saved
+
+    def write(self, relative: str, data: bytes) -> str:
+        """Write one small file of the run and return where it lies."""
+        target = f"{self.root}/{relative}"
+        self.filesystem.create_dir(str(PurePosixPath(target).parent), recursive=True)
+        with self.filesystem.open_output_stream(target) as stream:
+            stream.write(data)
+        return f"{self.uri}/{relative}"
+
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """Give a checkpoint as a local folder: itself on a local disk, else a copy that is deleted afterwards."""
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            yield Path(self.root) / name
+            return
+        folder = Path(tempfile.mkdtemp(prefix="faculty-checkpoint-"))
+        try:
+            fs.copy_files(f"{self.root}/{name}", folder.as_posix(), self.filesystem, fs.LocalFileSystem())
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def tidy(self, keep: int) -> None:
+        """Delete what a killed run left: checkpoints cut short, all but the newest `keep`, Ray's list of them."""
+        kept = {saved.name for saved in self.whole()[-keep:]}
+        for info in self._children():
+            name = PurePosixPath(info.path).name
+            if info.type == fs.FileType.Directory and name.startswith("checkpoint_") and name not in kept:
+                self.filesystem.delete_dir(info.path)
+            elif name in ("checkpoint_manager_snapshot.json", ".validate_storage_marker"):
+                self.filesystem.delete_file(info.path)
+
+    def _children(self) -> list[fs.FileInfo]:
+        return self.filesystem.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
+
+    def _verified(self, folder: str) -> dict[str, Any] | None:
+        """Return the manifest's metrics if every file it lists is there in full."""
+        try:
+            with self.filesystem.open_input_stream(f"{folder}/{MANIFEST}") as stream:
+                manifest = json.loads(stream.read())
+            infos = self.filesystem.get_file_info([f"{folder}/{name}" for name in manifest["files"]])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        whole = all(info.size == size for info, size in zip(infos, manifest["files"].values(), strict=True))
+        return manifest["metrics"] if whole else None

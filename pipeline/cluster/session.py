@@ -1,0 +1,254 @@
+"""A Ray session: quiet, ended by whoever began it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.cluster.causes import one_line
+from pipeline.cluster.spec import ClusterSpec
+from pipeline.errors import ConfigError, UserError
+
+# Linux takes 107 bytes for a Unix socket's path; Ray adds up to 66 of its own (session name, process id, file name).
+_LONGEST_TEMP_DIR = 40
+
+_ALWAYS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # workers without a GPU see none; naming it silences a FutureWarning
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same on a worker as in the driver
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard copies of every row
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the caller's
+    "TUNE_GLOBAL_CHECKPOINT_S": "600",  # rows persist through the caller; Tune's own state is not resumed from
+}
+_QUIET = {
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "60",
+}
+# A controller polls its workers at this interval, and a worker's reports wait for the poll: Ray's 2 s would hold up a
+# loop that reports more often. The preemption watcher (one more process) looks for nodes being drained: on one's own
+# machine there are none.
+_LOCAL = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_REMOTE = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+
+# What a driver's environment says about how its workers compute; no credentials.
+_PROPAGATED = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "MLFLOW_TRACKING_URI",
+)
+
+_active: ClusterSpec | None = None
+
+
+@contextlib.contextmanager
+def session(spec: ClusterSpec, verbose: bool = False) -> Iterator[None]:
+    """Connect to the cluster, or start a local Ray, for the length of the block.
+
+    Where this process is connected already, that connection serves and stays. Ray's own output (logs, progress tables,
+    banners, the workers' prints) is shown only when `verbose`.
+
+    Parameters
+    ----------
+    spec : ClusterSpec
+        Where the work runs.
+    verbose : bool
+        Show Ray's output.
+
+    Raises
+    ------
+    UserError
+        When the cluster can't be reached or the local Ray does not start.
+    """
+    global _active
+    if ray.is_initialized():
+        yield
+        return
+    with _environment(_ALWAYS | (_LOCAL if spec.local else _REMOTE) | ({} if verbose else _QUIET)), _same_modules(spec):
+        try:
+            with calm(verbose):
+                _connect(spec, verbose)
+            _active = spec
+            with contextlib.nullcontext() if verbose else _no_notices():
+                yield
+        finally:
+            _active = None
+            ray.shutdown()
+
+
+def active() -> ClusterSpec:
+    """Return the settings of the session this process is in.
+
+    Raises
+    ------
+    RuntimeError
+        Outside of a session.
+    """
+    if not ray.is_initialized():
+        raise RuntimeError("no Ray session; wrap the call in `with session(spec)`")
+    return _active or ClusterSpec(address="auto")  # someone else's connection: assume nothing about it
+
+
+@contextlib.contextmanager
+def calm(verbose: bool) -> Iterator[None]:
+    """Keep what Ray's own modules warn of (deprecations among themselves) from the user; other warnings stay."""
+    with warnings.catch_warnings():
+        if not verbose:
+            warnings.filterwarnings("ignore", module=r"ray(\.|$)")
+        yield
+
+
+def slots(resources: dict[str, float]) -> int:
+    """Return how many times `resources` fit on the cluster's nodes as they are now.
+
+    Raises
+    ------
+    UserError
+        When they do not fit once and the cluster does not add nodes.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = {key: value for key, value in resources.items() if value > 0} or {"CPU": 1}
+    count = sum(int(min(node.get(key, 0) / value for key, value in wanted.items()) + 1e-9) for node in nodes)
+    if count == 0 and not active().autoscaling:
+        raise UserError(
+            f"{describe(wanted)} asked for, but no node of the cluster has that much "
+            f"({describe(_largest(nodes))} at most); ask for less, or raise cluster.num_cpus / cluster.num_gpus"
+        )
+    return count
+
+
+def describe(resources: dict[str, float]) -> str:
+    """Write resources as a person would: ``4 CPU, 1 GPU``."""
+    return ", ".join(f"{value:g} {key}" for key, value in resources.items()) or "nothing"
+
+
+def _largest(nodes: list[dict[str, float]]) -> dict[str, float]:
+    return {
+        key: max(node.get(key, 0) for node in nodes) for key in ("CPU", "GPU") if any(key in node for node in nodes)
+    }
+
+
+def _connect(spec: ClusterSpec, verbose: bool) -> None:
+    options: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.CRITICAL,
+        "configure_logging": True,
+    }
+    if spec.local:
+        options |= {
+            "address": "local",
+            "num_cpus": spec.num_cpus,
+            "num_gpus": spec.num_gpus,
+            "include_dashboard": False,
+            "_temp_dir": _temp_dir(spec.temp_dir),
+        }
+        if spec.object_store_mb is not None:
+            options["object_store_memory"] = spec.object_store_mb * 2**20
+        if spec.runtime_env:
+            options["runtime_env"] = spec.runtime_env
+    else:
+        _knock(str(spec.address))
+        carried = {key: os.environ[key] for key in _PROPAGATED if key in os.environ}
+        environment = dict(spec.runtime_env)
+        environment["env_vars"] = _ALWAYS | carried | environment.get("env_vars", {})
+        options |= {"address": spec.address, "runtime_env": environment}
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if spec.local:
+            raise UserError(f"cluster: the local Ray did not start ({one_line(error)}); -v shows its log") from error
+        raise UserError(
+            f"cluster.address {spec.address!r} can't be reached ({one_line(error)}); "
+            "check it, or leave it out for a local Ray"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """Try the address's port first: Ray itself retries for a minute and logs each time."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"cluster.address {address!r} can't be reached ({error.strerror or error}); "
+            "check it, or leave it out for a local Ray"
+        ) from None
+
+
+def _temp_dir(chosen: str | None) -> str | None:
+    if chosen is not None:
+        path = str(Path(chosen).absolute())
+        if len(path.encode()) > _LONGEST_TEMP_DIR:
+            raise ConfigError(
+                f"cluster.temp_dir {path!r} is too long for a Unix socket ({_LONGEST_TEMP_DIR} bytes at most); "
+                "choose a shorter one"
+            )
+        return path
+    default = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if len(default.encode()) + len("/ray") <= _LONGEST_TEMP_DIR:
+        return None
+    return f"/tmp/faculty-ray-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def _same_modules(spec: ClusterSpec) -> Iterator[None]:
+    """Let local workers import what this process can; on other machines that is the runtime environment's task."""
+    if not spec.local:
+        yield
+        return
+    before = os.environ.get("PYTHONPATH")
+    own = [str(Path(entry).absolute()) for entry in sys.path if not entry.startswith((sys.prefix, sys.base_prefix))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(own))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+@contextlib.contextmanager
+def _no_notices() -> Iterator[None]:
+    """Keep the cluster's notices (a worker died, a task is repeated) off the output; ``log_to_driver`` does not."""
+    from ray._private import worker
+
+    before = getattr(worker, "_worker_logs_enabled", True)
+    worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = before
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set the variables that are not set, and take them back."""
+    added = [key for key in values if key not in os.environ]
+    os.environ.update({key: values[key] for key in added})
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)

@@ -19,7 +19,7 @@ from pipeline.cluster.spec import ClusterSpec
 from pipeline.data.spec import AugmentSpec, ImageSpec, SourceSpec, SplitSpec
 from pipeline.engine.spec import LoopSpec, ObjectiveSpec
 from pipeline.errors import ConfigError
-from pipeline.models.spec import StudentSpec
+from pipeline.models.spec import TRUSTED_FACTORIES, StudentSpec
 from pipeline.strict import StrictModel, load_yaml, parse_yaml, validate
 from pipeline.tracking.spec import RegisterSpec, TrackingSpec
 
@@ -46,7 +46,7 @@ class ZooSettings(StrictModel):
     path: str = Field(description="the zoo file (YAML)")
     only: tuple[str, ...] | None = Field(None, description="assess these teachers alone; null: all")
     trusted_factories: tuple[str, ...] = Field(
-        ("pipeline.", "torchvision.", "timm."),
+        TRUSTED_FACTORIES,
         description="prefixes of the modules that a zoo file may take a `factory` from: it is code that will run",
     )
 

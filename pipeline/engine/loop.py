@@ -78,6 +78,7 @@ def fit(
     *,
     seed: int,
     augment: Augment | None = None,
+    report_with: dict[str, float] | None = None,
 ) -> list[dict[str, float]]:
     """Train a student in place; return the metrics of every epoch.
 
@@ -89,6 +90,15 @@ def fit(
     Batches, augmentation and the schedule are pure functions of the seed and the step, and a checkpoint holds the
     model, optimiser, schedule, RNG state of every rank and epoch: interrupted anywhere, training ends with the weights
     of an uninterrupted run on the same number of ranks.
+
+    Parameters
+    ----------
+    student, objective : Module
+        Of the objective, only rank-independent parameters may be trained.
+    lesson, spec, context, seed, augment
+        What is learnt, how, where and from which random numbers.
+    report_with : dict, optional
+        Added to every report, to tell several lessons of one worker group apart.
 
     Raises
     ------
@@ -110,6 +120,7 @@ def fit(
         len(lesson.taught), spec.batch_size, seed=seed_of(seed, 2), rank=context.rank, world_size=world
     )
 
+    all_labels = lesson.labelled.labels
     model = context.prepare(student)
     objective.to(device)
     parameters = [*student.parameters(), *objective.parameters()]
@@ -135,7 +146,7 @@ def fit(
         sums: dict[str, torch.Tensor] = {}
         pairs = zip(labelled.batches(epoch * steps, steps), taught.batches(epoch * steps, steps), strict=True)
         for step, (own, theirs) in enumerate(pairs, start=epoch * steps):
-            images, labels, targets = _batch(lesson, own, theirs, device)
+            images, labels, targets = _batch(lesson, all_labels[own], own, theirs, device)
             if augment is not None:
                 generator = torch.Generator(device=images.device).manual_seed(seed_of(seed, 4, step, context.rank))
                 images = augment(images, generator)
@@ -160,7 +171,8 @@ def fit(
         }
         history.append(metrics)
         keep = (epoch + 1) % spec.checkpoint_every == 0 or epoch + 1 == spec.epochs
-        _report(context, metrics, _state(lesson, student, objective, optimiser, schedule, history, context, keep))
+        reported = metrics | (report_with or {})
+        _report(context, reported, _state(lesson, student, objective, optimiser, schedule, history, context, keep))
     return history
 
 
@@ -190,9 +202,9 @@ def rate(step: int, total: int, spec: OptimSpec) -> float:
 
 
 def _batch(
-    lesson: Lesson, own: torch.Tensor, theirs: torch.Tensor, device: torch.device
+    lesson: Lesson, labels: torch.Tensor, own: torch.Tensor, theirs: torch.Tensor, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    images, labels = lesson.labelled.images(own), lesson.labelled.labels[own]
+    images = lesson.labelled.images(own)
     if lesson.targets is None:
         return images.to(device), labels.to(device), None
     images = torch.cat([images, lesson.taught.images(theirs)])

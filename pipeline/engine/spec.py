@@ -41,3 +41,19 @@ class LoopSpec(StrictModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
     optim: OptimSpec = OptimSpec()
+
+
+class ObjectiveSpec(StrictModel):
+    """The weights of the loss.
+
+    loss = cross_entropy · CE on labelled images + transport · S_ε(p, q; M) to the teacher of each taught image
+    + soft_targets · KL to what that teacher says of the task's classes.
+    """
+
+    cross_entropy: float = Field(1.0, ge=0)
+    transport: float = Field(1.0, ge=0)
+    soft_targets: float = Field(1.0, ge=0)
+    reg: float = Field(0.1, gt=0, description="entropic regulariser ε of the transport loss, on costs in [0, 1]")
+    ramp: float = Field(
+        0.0, ge=0, le=1, description="fraction of the training over which the teachers' share rises to 1"
+    )

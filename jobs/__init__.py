@@ -1,0 +1,1 @@
+"""Entry points: one module a stage, each a twin of a `faculty` command."""

@@ -1,0 +1,1 @@
+"""One function a stage: settings and inputs in, a typed artefact out."""

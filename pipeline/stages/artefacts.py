@@ -1,0 +1,227 @@
+"""The run folder: one folder for each stage and key, and what is fresh, stale or missing in it.
+
+Layout::
+
+    <run_dir>/run.json                     format version
+    <run_dir>/settings.yaml                the latest resolved settings
+    <run_dir>/<stage>/<key>/stage.json     written last: the stage is finished
+    <run_dir>/<stage>/<key>/…              its artefacts
+
+A key is a hash of everything that the stage's result depends on: its settings (resources excepted), its version, and
+the digests of its inputs. A stage whose inputs come out the same again is therefore fresh, whatever ran before it, and
+changed settings never overwrite an earlier result.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError
+
+RUN_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished stage says of itself (`stage.json`).
+
+    Attributes
+    ----------
+    stage, key : str
+    digest : str
+        Hash of the stage's result; part of the key of the stages that read it.
+    inputs : dict
+        Flat: what the key was made from. Compared with today's to say why a stage is stale.
+    summary : dict
+        Plain values to print.
+    seconds, finished : float
+        Wall time, and when it ended (seconds since the epoch).
+    """
+
+    stage: str
+    key: str
+    digest: str
+    inputs: dict[str, Any]
+    summary: dict[str, Any]
+    seconds: float
+    finished: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a stage stands: `state` is fresh, partial, stale, missing or waiting; `why` says what changed."""
+
+    stage: str
+    state: str
+    why: str = ""
+
+
+class RunFolder:
+    """A run's folder on disk.
+
+    Raises
+    ------
+    UserError
+        If it was written by another format version, or can't be written.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+
+    def prepare(self) -> None:
+        """Create the folder, or check that it is one of ours and can be written."""
+        marker = self.root / "run.json"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.root, os.W_OK | os.X_OK):
+                raise PermissionError(13, "Permission denied")
+            if not marker.exists():
+                write_json(marker, {"format": RUN_FORMAT})
+        except OSError as error:
+            raise UserError(
+                f"run_dir {self.root}: can't be written ({error.strerror}); choose another run_dir or free it"
+            ) from None
+        self.check()
+
+    def check(self) -> None:
+        """Check the format version of an existing folder."""
+        marker = self.root / "run.json"
+        if not marker.exists():
+            return
+        try:
+            found = json.loads(marker.read_text(encoding="utf-8"))["format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{marker}: is not a run marker; choose another run_dir") from None
+        if found != RUN_FORMAT:
+            raise UserError(
+                f"{marker}: run folder of format {found}, this version reads {RUN_FORMAT}; choose another run_dir"
+            )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; a second one gets a clear error instead of a tangle."""
+        with (self.root / ".lock").open("a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                holder = handle.read().strip() or "unknown"
+                raise UserError(
+                    f"run_dir {self.root}: in use by process {holder}; wait for it, or choose another run_dir"
+                ) from None
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
+            yield
+
+    def folder(self, stage: str, key: str) -> Path:
+        """Return the folder of a stage's result under a key."""
+        return self.root / stage / key
+
+    def record(self, stage: str, key: str) -> Record | None:
+        """Return what a finished stage says of itself, or None."""
+        return _read_record(self.folder(stage, key) / "stage.json")
+
+    def newest(self, stage: str) -> Record | None:
+        """Return the record of the stage's latest finish, under whatever key."""
+        records = [_read_record(path) for path in (self.root / stage).glob("*/stage.json")]
+        return max((record for record in records if record), key=lambda record: record.finished, default=None)
+
+    def finish(self, record: Record) -> None:
+        """Mark a stage finished: the last thing that is written."""
+        write_json(self.folder(record.stage, record.key) / "stage.json", asdict(record))
+
+    def status(self, stage: str, key: str, inputs: Mapping[str, Any]) -> Status:
+        """Say whether the result under `key` is there, and what changed if it is not."""
+        if self.record(stage, key) is not None:
+            return Status(stage, "fresh")
+        partial = self.folder(stage, key).is_dir()
+        former = self.newest(stage)
+        if former is None:
+            return (
+                Status(stage, "partial", "interrupted; continues where it stopped")
+                if partial
+                else Status(stage, "missing")
+            )
+        return Status(stage, "stale", "; ".join(_changes(former.inputs, inputs)) or "its inputs changed")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_yaml(path: Path, data: Any) -> None:
+    """Write a YAML file whole or not at all."""
+    write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def digest_of(data: Any) -> str:
+    """Return a hash of plain values, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted paths."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def key_of(stage: str, version: int, inputs: Mapping[str, Any]) -> str:
+    """Return the key of a stage for its inputs."""
+    return digest_of({"stage": stage, "version": version, "inputs": dict(inputs)})[:16]
+
+
+def _read_record(path: Path) -> Record | None:
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None  # absent, or cut off by a crash: the stage is not finished
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for path in sorted(before.keys() | now.keys()):
+        old, new = before.get(path, "absent"), now.get(path, "absent")
+        if old != new:
+            short = [text if len(text) <= 32 else f"{text[:12]}…" for text in (str(old), str(new))]
+            lines.append(f"{path}: {short[0]} → {short[1]}")
+    return lines
+
+
+def clock() -> float:
+    """Return the time in seconds since the epoch."""
+    return time.time()

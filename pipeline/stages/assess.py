@@ -1,0 +1,269 @@
+"""Stage assess: every teacher of the zoo scored on the task's probe, one trial a teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import AssessSettings
+from pipeline.errors import FacultyError, StageError
+from pipeline.models.spec import TeacherSpec
+from pipeline.stages.artefacts import digest_of, write_json
+from pipeline.stages.base import Outcome, Run
+from pipeline.stages.ingest import table_path
+
+SCORES = ("transport_cost", "transport_gain", "bridge_gain", "knn", "leep")
+
+
+@dataclass(frozen=True)
+class AssessPayload:
+    """What travels to the worker that assesses a teacher: references, never weights."""
+
+    teacher: TeacherSpec
+    table: str
+    folder: str
+    settings: AssessSettings
+    trusted_factories: tuple[str, ...]
+    tracking_uri: str | None
+
+
+class Assess:
+    """Zoo and table → `assessment.parquet`, and per teacher its bridge and what it says of the labelled images."""
+
+    name = "assess"
+    version = 1
+    needs = ("ingest",)
+
+    def inputs(self, run: Run) -> Mapping[str, Any]:
+        """Depend on the settings and on every teacher's spec and weights."""
+        return {
+            "assess": run.settings.assess.model_dump(mode="json", exclude={"resources"}),
+            "teachers": {name: run.zoo.fingerprint_of(name) for name in run.zoo.names},
+        }
+
+    def run(self, run: Run, folder: Path) -> Outcome:
+        """Assess what has not been assessed; keep a teacher that fails as a row with its error."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        homes = {name: teacher_folder(run, name) for name in run.zoo.names}
+        rows = {name: row for name, home in homes.items() if (row := read_row(home)) is not None}
+        missing = [name for name in run.zoo.names if name not in rows]
+        if missing:
+            rows |= self._assess(run, missing, homes)
+        ordered = sorted(
+            rows.values(), key=lambda row: (row["bridge_gain"] is None, -(row["bridge_gain"] or 0), row["teacher"])
+        )
+        path = folder / "assessment.parquet"
+        pq.write_table(pa.Table.from_pylist(ordered, schema=_schema()), path)
+        run.tracker.artifact(path)
+        run.tracker.table("assessment", ordered)
+        failed = [row for row in ordered if row["error"]]
+        if len(failed) == len(ordered):
+            reasons = "; ".join(f"{row['teacher']}: {row['error']}" for row in failed[:3])
+            raise StageError(f"assess: none of the {len(ordered)} teachers could be assessed ({reasons})")
+        results = [{key: row[key] for key in ("teacher", "error", *SCORES)} for row in ordered]
+        return Outcome(
+            digest=digest_of(results),
+            summary={"teachers": len(ordered), "failed": len(failed), "assessed_now": len(missing)},
+        )
+
+    def _assess(self, run: Run, names: list[str], homes: dict[str, Path]) -> dict[str, dict[str, Any]]:
+        from pipeline.cluster.trials import TrialItem, run_trials
+
+        settings, rows = run.settings.assess, {}
+        items = [
+            TrialItem(
+                name,
+                AssessPayload(
+                    teacher=run.zoo[name],
+                    table=str(table_path(run)),
+                    folder=str(homes[name]),
+                    settings=settings,
+                    trusted_factories=run.settings.zoo.trusted_factories,
+                    tracking_uri=run.tracking_uri,
+                ),
+            )
+            for name in names
+        ]
+        with run.display.bar("teachers", len(names)) as advance:
+
+            def keep(name: str, result: dict[str, Any]) -> None:
+                row = _row(run, name, result)
+                if row["error"] is None:  # a failure may pass; it is tried again next time
+                    write_json(homes[name] / "row.json", row)
+                rows[name] = row
+                _track(run, row)
+                advance(1, name)
+
+            run.open_cluster()
+            run_trials(
+                assess_teacher,
+                items,
+                resources={"CPU": settings.resources.cpus, "GPU": settings.resources.gpus},
+                max_concurrent=settings.resources.max_concurrent,
+                max_failures=settings.resources.max_failures,
+                storage=run.files.root / "ray",
+                experiment="assess",
+                on_result=keep,
+                verbose=run.verbose,
+            )
+        return rows
+
+
+def teacher_folder(run: Run, name: str) -> Path:
+    """Return where a teacher's assessment is kept: keyed by the teacher, the table and the settings."""
+    return run.part(
+        "teachers",
+        name,
+        {
+            "teacher": run.zoo.fingerprint_of(name),
+            "table": run.records["ingest"].digest,
+            "assess": run.settings.assess.model_dump(mode="json", exclude={"resources"}),
+            "version": Assess.version,
+        },
+    )
+
+
+def read_row(folder: Path) -> dict[str, Any] | None:
+    """Return the row of an assessed teacher, or None."""
+    try:
+        return json.loads((folder / "row.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def assess_teacher(payload: AssessPayload) -> dict[str, Any]:
+    """Score one teacher; runs on a worker.
+
+    The bridge is fitted on the labelled training images, the scores are taken on the probe, and what the teacher says
+    of probe and validation images, carried to the task's classes, is stored for the choice of the set.
+    """
+    from safetensors.torch import save_file
+
+    from pipeline.assessment.scores import knn, leep
+    from pipeline.data.table import ImageTable
+    from pipeline.models.sources import load_teacher
+    from pipeline.models.teacher import predict
+    from pipeline.transport.bridge import fit_bridge
+    from pipeline.transport.cost import transport_cost, transport_gain
+
+    settings = payload.settings
+    teacher = load_teacher(
+        payload.teacher, trusted_factories=payload.trusted_factories, resolvers=resolvers(payload.tracking_uri)
+    )
+    table = ImageTable.open(payload.table)
+    splits = {name: table.split(name) for name in ("train_labelled", "probe", "validation")}
+    outputs = {name: predict(teacher, split.batches(settings.batch_size)) for name, split in splits.items()}
+    fitted, probe, labels = outputs["train_labelled"], outputs["probe"], splits["probe"].labels
+
+    def bridge_of(kind: Any, temperature: float | None) -> Any:
+        return fit_bridge(
+            kind,
+            logits=fitted.logits,
+            features=fitted.features,
+            labels=splits["train_labelled"].labels,
+            num_classes=len(table.classes),
+            classifier_weight=teacher.classifier_weight,
+            temperature=temperature,
+        )
+
+    bridge = bridge_of(settings.bridge.kind, settings.bridge.temperature)
+    row: dict[str, Any] = {
+        "classes": len(teacher.classes),
+        "parameters": teacher.num_parameters,
+        "bridge_gain": transport_gain(bridge.distribution(probe.logits, probe.features), labels, bridge.M),
+        "knn": knn(probe.features, labels, k=settings.neighbours),
+        "leep": leep(probe.logits.softmax(1), labels),
+    }
+    if teacher.classifier_weight is not None:
+        prototype = bridge_of("prototype", None)
+        p = prototype.distribution(probe.logits, probe.features)
+        row["transport_cost"] = float(transport_cost(p, labels, prototype.M).mean())
+        row["transport_gain"] = transport_gain(p, labels, prototype.M)
+    tensors = {f"bridge.{name}": value.contiguous() for name, value in bridge.state().items()}
+    for name in ("probe", "validation"):
+        p = bridge.distribution(outputs[name].logits, outputs[name].features)
+        tensors[name] = bridge.carry(p).contiguous()
+    folder = Path(payload.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / ".bridge.safetensors")
+    (folder / ".bridge.safetensors").replace(folder / "bridge.safetensors")
+    return row
+
+
+def load_bridge(folder: Path) -> Any:
+    """Return the bridge of an assessed teacher, see `pipeline.transport.bridge`."""
+    from safetensors.torch import load_file
+
+    from pipeline.transport.bridge import Bridge
+
+    tensors = load_file(folder / "bridge.safetensors")
+    return Bridge.from_state({name[7:]: value for name, value in tensors.items() if name.startswith("bridge.")})
+
+
+def carried(run: Run, name: str, split: str) -> Any:
+    """Return what an assessed teacher says of a labelled split, carried to the task's classes: (N, C_s) tensor."""
+    from safetensors.torch import load_file
+
+    return load_file(teacher_folder(run, name) / "bridge.safetensors")[split]
+
+
+def resolvers(tracking_uri: str | None) -> dict[str, Any]:
+    """Return how `load_teacher` reaches teachers in an MLflow registry."""
+
+    def from_mlflow(uri: str) -> Any:
+        from pipeline.tracking.resolve import load_mlflow_module
+
+        return load_mlflow_module(uri, tracking_uri)
+
+    return {"mlflow": from_mlflow}
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("teacher", pa.string()),
+            ("fingerprint", pa.string()),
+            ("classes", pa.int32()),
+            ("parameters", pa.int64()),
+            *((score, pa.float64()) for score in SCORES),
+            ("seconds", pa.float64()),
+            ("peak_mb", pa.float64()),
+            ("error", pa.string()),
+        ]
+    )
+
+
+def _row(run: Run, name: str, result: dict[str, Any]) -> dict[str, Any]:
+    row = {field: result.get(field) for field in _schema().names}
+    return row | {"teacher": name, "fingerprint": run.zoo.fingerprint_of(name)}
+
+
+def _track(run: Run, row: dict[str, Any]) -> None:
+    spec = run.zoo[row["teacher"]]
+    with run.tracker.run(
+        f"teacher {row['teacher']}",
+        key=f"assess-{row['teacher']}-{row['fingerprint'][:12]}",
+        tags={"teacher": row["teacher"], "fingerprint": row["fingerprint"], "licence": spec.licence},
+        params={"teacher": row["teacher"], "source": spec.source.type, "parameters": row["parameters"]},
+    ) as tracker:
+        numbers = {key: row[key] for key in (*SCORES, "seconds", "peak_mb") if row[key] is not None}
+        tracker.metrics(numbers)
+        if row["error"]:
+            tracker.tags({"error": row["error"]})
+
+
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    """Return the rows of the finished assessment, best first."""
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(run.folder("assess") / "assessment.parquet").to_pylist()
+    except OSError as error:
+        raise FacultyError(f"assess: its table can't be read ({error}); delete its folder and run again") from None

@@ -1,0 +1,107 @@
+"""What a stage is, and what it may use while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.config import Settings
+from pipeline.report.console import Display
+from pipeline.stages.artefacts import Record, RunFolder, digest_of
+from pipeline.tracking.tracker import NoTracker, Tracker
+
+if TYPE_CHECKING:
+    from pipeline.models.zoo import Zoo
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage hands back: the hash of its result, and plain values to print and track."""
+
+    digest: str
+    summary: dict[str, Any]
+
+
+class Stage(Protocol):
+    """One step of the pipeline."""
+
+    name: str
+    version: int
+    needs: tuple[str, ...]
+
+    def inputs(self, run: Run) -> Mapping[str, Any]:
+        """Return what the result depends on, besides the digests of `needs`: settings without resources, files."""
+        ...
+
+    def run(self, run: Run, folder: Path) -> Outcome:
+        """Do the work; write artefacts into `folder`. What an interrupted run left there may be used."""
+        ...
+
+
+@dataclass
+class Run:
+    """One execution of the pipeline: its settings, folder, tracker and the results so far."""
+
+    settings: Settings
+    files: RunFolder
+    display: Display
+    zoo: Zoo
+    tracker: Tracker = field(default_factory=NoTracker)
+    until: str = "register"
+    verbose: bool = False
+    records: dict[str, Record] = field(default_factory=dict)
+    _exits: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _open: set[str] = field(default_factory=set)
+
+    def folder(self, stage: str) -> Path:
+        """Return the folder of a finished stage's result."""
+        record = self.records[stage]
+        return self.files.folder(stage, record.key)
+
+    def part(self, kind: str, name: str, inputs: Mapping[str, Any]) -> Path:
+        """Return the folder of a piece of work that several stages, or the same stage under other settings, may share.
+
+        It is keyed by what it depends on, so that adding one teacher to a zoo assesses one teacher.
+        """
+        return self.files.root / kind / f"{name}-{digest_of(dict(inputs))[:12]}"
+
+    def within(self, tracker: Tracker) -> Run:
+        """Return this run with another tracker: that of the stage that is running."""
+        return replace(self, tracker=tracker)
+
+    def open_tracker(self) -> None:
+        """Open the run's own record in the tracking store, once."""
+        if "tracker" in self._open:
+            return
+        from pipeline.tracking.connect import open_tracker
+
+        settings = self.settings
+        self.tracker = self._exits.enter_context(
+            open_tracker(settings.tracking, self.files.root, key=str(self.files.root), name=settings.name)
+        )
+        self._open.add("tracker")
+
+    def open_cluster(self) -> None:
+        """Start or join Ray, once; it ends with the run."""
+        if "cluster" in self._open:
+            return
+        from pipeline.cluster.session import session
+
+        self._exits.enter_context(session(self.settings.cluster, verbose=self.verbose))
+        self._open.add("cluster")
+
+    @property
+    def tracking_uri(self) -> str | None:
+        """Where MLflow is, for teachers from its registry."""
+        return self.settings.tracking.uri
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Let go of the cluster, and end the record as finished, failed or killed."""
+        self._exits.__exit__(kind, error, trace)
+        self._open.clear()

@@ -1,0 +1,111 @@
+"""Stage ingest: the task's images become one table with fixed splits."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Settings
+from pipeline.data.spec import SourceSpec
+from pipeline.errors import DataError
+from pipeline.stages.artefacts import write_json
+from pipeline.stages.base import Outcome, Run
+
+_HASHED_BYTES = 256 * 2**20
+
+
+class Ingest:
+    """Images from any source → `images.arrow`, `ingest.json`."""
+
+    name = "ingest"
+    version = 1
+    needs: tuple[str, ...] = ()
+
+    def inputs(self, run: Run) -> Mapping[str, Any]:
+        """Depend on the task's settings, the seed of the splits, and the content of the source."""
+        task = run.settings.task
+        sources = {"source": task.source, "test_source": task.test_source}
+        return {
+            "task": _without_paths(task.model_dump(mode="json")),
+            "seed": run.settings.seed,
+            "content": {name: source_identity(source) for name, source in sources.items() if source is not None},
+        }
+
+    def run(self, run: Run, folder: Path) -> Outcome:
+        """Build the table."""
+        from pipeline.data.ingest import build_table
+
+        task = run.settings.task
+        report = build_table(
+            task.source, task.image, task.splits, run.settings.seed, folder, test_source=task.test_source
+        )
+        details = asdict(report) | {"path": str(Path(report.path).relative_to(folder))}
+        write_json(folder / "ingest.json", details)
+        run.tracker.artifact(folder / "ingest.json")
+        run.tracker.tags({"fingerprint": report.fingerprint})
+        sizes = {split: sum(by_class.values()) for split, by_class in report.counts.items()}
+        summary = {"rows": report.rows, "classes": len(report.classes), "skipped": len(report.skipped), **sizes}
+        return Outcome(digest=report.fingerprint, summary=summary)
+
+
+def table_path(run: Run) -> Path:
+    """Return the path of the run's image table."""
+    folder = run.folder("ingest")
+    return folder / json.loads((folder / "ingest.json").read_text(encoding="utf-8"))["path"]
+
+
+def source_identity(source: SourceSpec) -> str:
+    """Hash what a source holds: the content of its files, or their sizes and times where they are large.
+
+    Raises
+    ------
+    DataError
+        If a local path holds nothing.
+    """
+    location = getattr(source, "path", None) or getattr(source, "root", "")
+    if "://" in location:
+        return hashlib.sha256(location.encode()).hexdigest()
+    files = sorted(_files(location))
+    if not files:
+        if source.type == "torchvision" and source.download:
+            return "to be downloaded"
+        raise DataError(f"task.source: {location} does not exist or holds no file; check the path")
+    content = sum(path.stat().st_size for path in files) <= _HASHED_BYTES
+    digest = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        digest.update(f"{path.name}\0{stat.st_size}\0".encode())
+        if content:
+            with path.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        else:
+            digest.update(f"{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _files(location: str) -> Iterator[Path]:
+    path = Path(location)
+    if path.is_dir():
+        yield from (found for found in path.rglob("*") if found.is_file())
+    elif path.is_file():
+        yield path
+    else:
+        yield from (Path(found) for found in glob.glob(location, recursive=True) if Path(found).is_file())
+
+
+def _without_paths(data: Any) -> Any:
+    """Drop paths: a data set that has been moved is the same data set."""
+    if isinstance(data, dict):
+        return {key: _without_paths(value) for key, value in data.items() if key not in ("path", "root")}
+    return data
+
+
+def describe(settings: Settings) -> str:
+    """Return the task's source in a few words."""
+    source = settings.task.source
+    return f"{source.type}: {getattr(source, 'path', None) or getattr(source, 'root', '')}"

@@ -1,0 +1,150 @@
+"""Run the pipeline: every stage that is not fresh, in order, up to the one asked for."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config import Settings
+from pipeline.report.console import Display
+from pipeline.stages import tables
+from pipeline.stages.amalgamate import Amalgamate
+from pipeline.stages.artefacts import Record, RunFolder, Status, clock, flatten, key_of, write_yaml
+from pipeline.stages.assess import Assess
+from pipeline.stages.base import Run, Stage
+from pipeline.stages.distill import Distill
+from pipeline.stages.evaluate import Evaluate
+from pipeline.stages.ingest import Ingest
+from pipeline.stages.register import Register
+from pipeline.stages.select import Select
+
+STAGES: tuple[Stage, ...] = (Ingest(), Assess(), Select(), Amalgamate(), Distill(), Evaluate(), Register())
+
+
+def run_pipeline(
+    settings: Settings, *, until: str = "register", verbose: bool = False, display: Display | None = None
+) -> dict[str, Record]:
+    """Run the stages up to `until`; a stage whose key has a finished result is not run again.
+
+    Returns
+    -------
+    records : dict of str to Record
+        By stage.
+
+    Raises
+    ------
+    UserError
+        For input that can't be used: settings, zoo, run folder, tracking server. Before any compute where it can be
+        known then.
+    StageError
+        If a stage fails; the results of the former stages stay, and the same call continues.
+    """
+    display = display or Display()
+    from pipeline.models.zoo import load_zoo
+
+    zoo = load_zoo(settings.zoo.path)
+    if settings.zoo.only is not None:
+        zoo = zoo.only(settings.zoo.only)
+    files = RunFolder(settings.run_dir)
+    files.prepare()
+    with files.lock():
+        write_yaml(files.root / "settings.yaml", settings.dump())
+        wanted = [stage for stage in STAGES[: 1 + _position(until)] if _enabled(stage, settings)]
+        run = Run(settings=settings, files=files, display=display, zoo=zoo, until=until, verbose=verbose)
+        with run:
+            _run_stages(run, wanted)
+        tables.closing(run)
+        return run.records
+
+
+def show_status(settings: Settings, *, until: str = "register", display: Display | None = None) -> list[Status]:
+    """Print where each stage stands: fresh, partial, stale (and what changed), missing, or waiting."""
+    display = display or Display()
+    from pipeline.models.zoo import load_zoo
+
+    zoo = load_zoo(settings.zoo.path)
+    if settings.zoo.only is not None:
+        zoo = zoo.only(settings.zoo.only)
+    files = RunFolder(settings.run_dir)
+    files.check()
+    run = Run(settings=settings, files=files, display=display, zoo=zoo)
+    found: list[Status] = []
+    for stage in STAGES[: 1 + _position(until)]:
+        if not _enabled(stage, settings):
+            continue
+        blocked = [need for need in stage.needs if need not in run.records]
+        if blocked:
+            former = files.newest(stage.name)
+            found.append(
+                Status(stage.name, "waiting" if former else "missing", f"for {', '.join(blocked)}" if former else "")
+            )
+            continue
+        inputs = _inputs(stage, run)
+        key = key_of(stage.name, stage.version, inputs)
+        status = files.status(stage.name, key, inputs)
+        record = files.record(stage.name, key)
+        if record is not None:
+            run.records[stage.name] = record
+        found.append(status)
+    tables.status(display, settings, found)
+    return found
+
+
+def _run_stages(run: Run, wanted: list[Stage]) -> None:
+    for stage in wanted:
+        inputs = _inputs(stage, run)
+        key = key_of(stage.name, stage.version, inputs)
+        record = run.files.record(stage.name, key)
+        if record is not None:
+            run.records[stage.name] = record
+            ended = datetime.datetime.fromtimestamp(record.finished).strftime("%Y-%m-%d %H:%M")
+            run.display.fresh(stage.name, ended)
+        else:
+            with run.display.stage(stage.name):
+                run.records[stage.name] = _run_stage(run, stage, key, inputs)
+        tables.after(stage.name, run)
+
+
+def _run_stage(run: Run, stage: Stage, key: str, inputs: Mapping[str, Any]) -> Record:
+    run.open_tracker()
+    folder = run.files.folder(stage.name, key)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(folder / "settings.yaml", run.settings.dump())
+    started = time.perf_counter()
+    with run.tracker.run(stage.name, key=f"{stage.name}-{key}", tags={"stage": stage.name, "key": key}) as tracker:
+        tracker.params({name: value for name, value in inputs.items() if not name.startswith("teachers.")})
+        outcome = stage.run(run.within(tracker), folder)
+        tracker.metrics({name: value for name, value in flatten(outcome.summary).items() if _is_number(value)})
+        tracker.artifact(folder / "settings.yaml")
+    record = Record(
+        stage=stage.name,
+        key=key,
+        digest=outcome.digest,
+        inputs=dict(inputs),
+        summary=outcome.summary,
+        seconds=time.perf_counter() - started,
+        finished=clock(),
+    )
+    run.files.finish(record)
+    return record
+
+
+def _inputs(stage: Stage, run: Run) -> dict[str, Any]:
+    inputs = flatten(dict(stage.inputs(run)))
+    for need in stage.needs:
+        inputs[f"{need}.digest"] = run.records[need].digest
+    return inputs
+
+
+def _position(until: str) -> int:
+    return [stage.name for stage in STAGES].index(until)
+
+
+def _enabled(stage: Stage, settings: Settings) -> bool:
+    return stage.name != "register" or settings.registration.enabled
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

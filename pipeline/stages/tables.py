@@ -1,0 +1,173 @@
+"""What the terminal shows after each stage: read from the artefacts, so that a reused stage shows the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.config import Settings
+from pipeline.report.console import Display
+from pipeline.stages.artefacts import Status
+from pipeline.stages.base import Run
+
+
+def after(stage: str, run: Run) -> None:
+    """Show what a stage found."""
+    show = _SHOW.get(stage)
+    if show is not None:
+        show(run)
+
+
+def status(display: Display, settings: Settings, found: Iterable[Status]) -> None:
+    """Show where each stage stands."""
+    shown = table("stage", "state", "why", title=f"{settings.name}: {settings.run_dir}")
+    colours = {"fresh": "green", "partial": "yellow", "stale": "yellow", "waiting": "dim", "missing": "dim"}
+    for item in found:
+        shown.add_row(item.stage, f"[{colours[item.state]}]{item.state}[/]", escape(item.why))
+    display.table(shown)
+
+
+def closing(run: Run) -> None:
+    """Say where to look, after a whole run."""
+    display, record = run.display, run.records.get("register")
+    if run.until != "register":
+        return
+    display.note(f"artefacts   {run.files.root}")
+    from pipeline.tracking.connect import find_store
+
+    store = find_store(run.settings.tracking, run.files.root)
+    if store.kind == "database" and store.uri.startswith("sqlite"):
+        display.note(f"runs        mlflow ui --backend-store-uri {store.shown}")
+    elif store.kind != "none":
+        display.note(f"runs        {store.shown}")
+    if record is not None:
+        display.note(f"student     {record.summary['uri']}  (version {record.summary['version']})")
+
+
+def _ingest(run: Run) -> None:
+    record = run.records["ingest"]
+    parts = [f"{name} {record.summary[name]}" for name in _SPLITS if name in record.summary]
+    run.display.note(f"{record.summary['rows']} images, {record.summary['classes']} classes: {', '.join(parts)}")
+    if record.summary.get("skipped"):
+        details = _read(run.folder("ingest") / "ingest.json")
+        first = "; ".join(f"{origin} ({reason})" for origin, reason in details["skipped"][:3])
+        run.display.warn(
+            f"{record.summary['skipped']} unreadable images were skipped: {escape(first)}"
+            f" … all in {run.folder('ingest') / 'ingest.json'}"
+        )
+
+
+def _assess(run: Run) -> None:
+    if run.until == "assess":  # otherwise the same table follows, with the choice
+        _teachers(run, None)
+
+
+def _select(run: Run) -> None:
+    choice = _read(run.folder("select") / "faculty.json")
+    _teachers(run, choice)
+    if choice["chosen"]:
+        run.display.note(f"faculty: {', '.join(choice['chosen'])}")
+    else:
+        run.display.warn(f"do not transfer: {choice['verdict']}")
+
+
+def _teachers(run: Run, choice: dict[str, Any] | None) -> None:
+    from pipeline.stages.assess import rows_of
+
+    columns = ["teacher", "classes", "params", "cost", "gain", "k-NN", "LEEP", "s", "MB"]
+    shown = table(*columns, *(("chosen", "why") if choice else ("problem",)))
+    for column in shown.columns[1:9]:
+        column.justify = "right"
+    for row in rows_of(run):
+        cells = [
+            escape(row["teacher"]),
+            _number(row["classes"], "d"),
+            _number(row["parameters"], ",d"),
+            _number(row["transport_cost"], ".3f"),
+            _number(row["transport_gain"], ".3f"),
+            _number(row["knn"], ".3f"),
+            _number(row["leep"], ".3f"),
+            _number(row["seconds"], ".1f"),
+            _number(row["peak_mb"], ".0f"),
+        ]
+        if choice is None:
+            cells.append(escape(row["error"] or ""))
+        else:
+            chosen = row["teacher"] in choice["chosen"]
+            reason = row["error"] or choice["reasons"].get(row["teacher"], "")
+            cells += ["[green]yes[/]" if chosen else "", escape(reason)]
+        shown.add_row(*cells)
+    run.display.table(shown)
+
+
+def _amalgamate(run: Run) -> None:
+    shares = run.records["amalgamate"].summary.get("shares", {})
+    if shares:
+        total = sum(shares.values())
+        parts = [f"{name} {count / total:.0%}" for name, count in sorted(shares.items(), key=lambda item: -item[1])]
+        run.display.note(f"who teaches: {', '.join(parts)}")
+
+
+def _distill(run: Run) -> None:
+    summary = run.records["distill"].summary
+    run.display.note(
+        f"student: {summary['parameters']:,} parameters, {summary['epochs']} epochs, "
+        f"validation accuracy {summary['validation_accuracy']:.3f}"
+    )
+
+
+def _evaluate(run: Run) -> None:
+    found = _read(run.folder("evaluate") / "evaluation.json")
+    shown = table("student taught by", "seeds", "test accuracy", "ECE", "difference", "± 2 SE")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for arm in found["arms"]:
+        difference, error = arm.get("difference"), arm.get("difference_2se")
+        shown.add_row(
+            escape(arm["title"]),
+            str(len(arm["accuracies"])),
+            f"{arm['mean']:.3f} ± {arm['std']:.3f}" if len(arm["accuracies"]) > 1 else f"{arm['mean']:.3f}",
+            f"{arm['ece']:.3f}",
+            "" if difference is None else f"{difference:+.3f}",
+            "" if error is None else f"{error:.3f}",
+        )
+    run.display.table(shown)
+    run.display.note(found["verdict"])
+
+
+def _register(run: Run) -> None:
+    summary = run.records["register"].summary
+    run.display.note(f"{summary['name']} version {summary['version']}, alias {summary['alias']}: {summary['uri']}")
+
+
+_SPLITS = ("train_labelled", "train_unlabelled", "probe", "validation", "test")
+_SHOW: dict[str, Callable[[Run], None]] = {
+    "ingest": _ingest,
+    "assess": _assess,
+    "select": _select,
+    "amalgamate": _amalgamate,
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "register": _register,
+}
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """Return an empty table in the product's style."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

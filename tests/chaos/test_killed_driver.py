@@ -1,0 +1,108 @@
+"""`kill -9` of a run at any stage: the same command finishes it, and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.tiny import make_data, make_settings, make_zoo
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
+
+
+def start(settings: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "run", "-c", str(settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_when(settings: Path, reached: Callable[[], bool], limit: float = 120) -> list[psutil.Process]:
+    """Start a run, kill its driver with SIGKILL once a point is reached; return the processes it had started."""
+    process = start(settings)
+    driver = psutil.Process(process.pid)
+    deadline = time.monotonic() + limit
+    while not reached():
+        assert process.poll() is None, f"ended before the point: {process.communicate()[0]}"
+        assert time.monotonic() < deadline, "the point was not reached"
+        time.sleep(0.02)
+    children = driver.children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with contextlib.suppress(Exception):
+        process.communicate(timeout=5)
+    return children
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=40)
+    alive = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not alive, [process.cmdline() for process in alive]
+
+
+def test_killed_at_every_stage_and_finished(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    make_zoo(tmp_path)
+    settings = make_settings(
+        tmp_path,
+        evaluate={"seeds": 1, "controls": ["no_teacher"]},
+        distill={
+            "student": {"name": "small_cnn", "kwargs": {"width": 8}},
+            "loop": {"epochs": 60, "batch_size": 32, "labelled_batch": 16},
+            "resources": {"num_workers": 0},
+        },
+    )
+    run = tmp_path / "run"
+
+    def some(pattern: str) -> Callable[[], bool]:
+        return lambda: any(run.glob(pattern))
+
+    # During the assessment: some teachers are done, others are not.
+    children = kill_when(settings, some("teachers/*/row.json"))
+    assessed = {path: path.stat().st_mtime_ns for path in run.glob("teachers/*/row.json")}
+    assert not some("assess/*/stage.json")()
+    # During the student's training: a checkpoint is there, the student is not.
+    children += kill_when(settings, some("ray/train-faculty*/checkpoint_*/state.pt"))
+    assert {path: path.stat().st_mtime_ns for path in assessed} == assessed  # not assessed a second time
+    assert not some("distill/*/stage.json")()
+    # During the training of the control.
+    children += kill_when(settings, some("ray/train-no_teacher*/checkpoint_*/state.pt"))
+    assert some("distill/*/stage.json")()
+    assert not some("evaluate/*/stage.json")()
+    # During registration.
+    children += kill_when(settings, some("register/*"))
+
+    process = start(settings)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    assert_gone(children)
+
+    for stage in ("ingest", "assess", "select", "amalgamate", "distill", "evaluate", "register"):
+        records = list((run / stage).glob("*/stage.json"))
+        assert len(records) == 1, stage
+        assert json.loads(records[0].read_text())["digest"]
+    history = json.loads(next(run.glob("distill/*/history.json")).read_text())
+    assert [metrics["epoch"] for metrics in history] == list(range(1, 61))
+
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db")
+    experiment = client.get_experiment_by_name("faculty")
+    assert experiment is not None
+    names = [found.info.run_name for found in client.search_runs([experiment.experiment_id], max_results=100)]
+    assert sorted(names) == sorted(set(names)), "a continued run was recorded twice"
+    versions = client.search_model_versions("name='faculty-student'")
+    assert [version.version for version in versions] == [1] or [str(v.version) for v in versions] == ["1"]

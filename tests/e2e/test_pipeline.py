@@ -1,0 +1,191 @@
+"""The whole pipeline with real Ray, real DDP on two workers and real MLflow, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.tiny import SHAPES, SIDE, make_data, make_settings, make_zoo, write_zoo
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+
+def faculty(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_data(folder)
+    zoo = make_zoo(folder)
+    entries = yaml.safe_load(zoo.read_text())["teachers"]
+    entries.append({**entries[0], "name": "broken", "classes": ["a", "b", "c"]})
+    write_zoo(zoo, entries)
+    make_settings(
+        folder,
+        evaluate={"seeds": 2, "controls": ["no_teacher"]},
+        distill={
+            "student": {"name": "small_cnn", "kwargs": {"width": 8}},
+            "loop": {"epochs": 3, "batch_size": 32, "labelled_batch": 16},
+            "augment": {"shift": 1},
+            "resources": {"num_workers": 2},
+        },
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path) -> subprocess.CompletedProcess[str]:
+    result = faculty("run", "-c", world / "run.yaml")
+    assert result.returncode == 0, result.stderr + result.stdout
+    return result
+
+
+def artefact(world: Path, stage: str, name: str) -> Path:
+    return next((world / "run" / stage).glob(f"*/{name}"))
+
+
+def test_the_output_is_ours_alone(finished: subprocess.CompletedProcess[str]) -> None:
+    assert finished.stderr == ""
+    for word in ("ray", "Trial", "INFO", "WARNING", "alembic"):
+        assert word not in finished.stdout.replace("/ray", ""), word
+    for word in ("ingest", "assess", "select", "distill", "evaluate", "register", "k-NN", "models:/"):
+        assert word in finished.stdout
+
+
+def test_every_teacher_has_a_row_and_the_broken_one_its_error(world: Path, finished) -> None:
+    rows = {row["teacher"]: row for row in pq.read_table(artefact(world, "assess", "assessment.parquet")).to_pylist()}
+    assert set(rows) == {"flat", "solid", "mixed", "untrained", "broken"}
+    assert "classes" in rows["broken"]["error"]
+    for name in ("flat", "solid", "mixed", "untrained"):
+        row = rows[name]
+        assert row["error"] is None
+        assert 0 <= row["transport_cost"] <= 1
+        assert 0 <= row["knn"] <= 1
+        assert row["seconds"] > 0
+        assert row["peak_mb"] > 0
+    assert rows["mixed"]["bridge_gain"] > rows["untrained"]["bridge_gain"]
+
+
+def test_the_choice_gives_a_reason_for_every_teacher(world: Path, finished) -> None:
+    choice = json.loads(artefact(world, "select", "faculty.json").read_text())
+    assert set(choice["reasons"]) == {"flat", "solid", "mixed", "untrained", "broken"}
+    assert choice["chosen"]
+    assert "broken" not in choice["chosen"]
+
+
+def test_the_student_is_tested_beside_no_teacher(world: Path, finished) -> None:
+    found = json.loads(artefact(world, "evaluate", "evaluation.json").read_text())
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert set(arms) == {"student", "no_teacher"}
+    for arm in arms.values():
+        assert len(arm["accuracies"]) == 2
+        assert arm["first"]["samples"] == 80
+        assert set(arm["first"]["per_class"]) == set(SHAPES)
+        assert 0 <= arm["ece"] <= 1
+    confusion = np.array(arms["student"]["first"]["confusion"])
+    assert confusion.sum() == 80
+    assert np.trace(confusion) / 80 == pytest.approx(arms["student"]["accuracies"][0])
+
+
+def test_the_registered_student_loads_elsewhere_without_pickle(world: Path, finished) -> None:
+    registered = json.loads(artefact(world, "register", "registered.json").read_text())
+    code = f"""
+import json, sys
+import mlflow, numpy as np
+mlflow.set_tracking_uri("sqlite:///{world}/run/mlflow.db")
+model = mlflow.pyfunc.load_model("{registered["uri"]}")
+images = np.load("{world}/shapes.npz")["images"][:, None]
+for size in (1, 3, 50):
+    assert model.predict(images[:size]).shape == (size, 4), size
+assert model.metadata.signature is not None
+assert model.metadata.metadata["classes"] == {list(SHAPES)!r}
+assert "pipeline" not in sys.modules
+print(json.dumps(np.asarray(model.predict(images[:50])).tolist()))
+"""
+    environment = os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=world,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    import torch
+
+    from pipeline.models.student import load_student
+
+    student = load_student(artefact(world, "distill", "student.json").parent).eval()
+    images = torch.from_numpy(np.load(world / "shapes.npz")["images"][:50, None])
+    assert images.shape[1:] == (1, SIDE, SIDE)
+    with torch.no_grad():
+        expected = student(images)
+    torch.testing.assert_close(torch.tensor(json.loads(result.stdout.splitlines()[-1])), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_mlflow_holds_one_parent_with_stages_and_teachers(world: Path, finished) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{world}/run/mlflow.db")
+    experiment = client.get_experiment_by_name("faculty")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    names = sorted(run.info.run_name for run in runs)
+    assert names.count("tiny") == 1
+    assert {"assess", "select", "distill", "evaluate", "register"} <= set(names)
+    teachers = [run for run in runs if run.info.run_name.startswith("teacher ")]
+    assert len(teachers) == 5
+    assert {run.data.metrics.get("knn") is not None for run in teachers} == {True, False}
+    parents = {run.data.tags["mlflow.parentRunId"] for run in teachers}
+    assert parents == {next(run.info.run_id for run in runs if run.info.run_name == "assess")}
+    assert not (Path.cwd() / "mlruns").exists()
+
+
+def test_a_second_run_reuses_everything(world: Path, finished) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (world / "run").rglob("*") if path.suffix == ".parquet"}
+    result = faculty("run", "-c", world / "run.yaml", timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("unchanged since") == 7
+    assert "models:/" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_status_says_what_is_stale_and_why(world: Path, finished) -> None:
+    fresh = faculty("run", "-c", world / "run.yaml", "--status", timeout=60)
+    assert fresh.stdout.count("fresh") == 7
+    changed = faculty("run", "-c", world / "run.yaml", "--status", "select.max_teachers=1", timeout=60)
+    text = " ".join(changed.stdout.split())
+    assert "select stale select.max_teachers: 4 → 1" in text
+    assert "assess fresh" in text
+    assert "distill waiting" in text
+    resources = faculty("run", "-c", world / "run.yaml", "--status", "distill.resources.num_workers=1", timeout=60)
+    assert resources.stdout.count("fresh") == 7
+
+
+def test_another_teacher_is_assessed_alone(world: Path, finished, tmp_path: Path) -> None:
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy, ignore=shutil.ignore_patterns("mlartifacts", "mlflow.db"))
+    settings = yaml.safe_load((copy / "run.yaml").read_text())
+    settings["run_dir"] = str(copy / "run")
+    settings["tracking"] = {"enabled": False}
+    (copy / "run.yaml").write_text(yaml.safe_dump(settings))
+    zoo = copy / "zoo.yaml"
+    entries = yaml.safe_load(zoo.read_text())["teachers"]
+    write_zoo(zoo, [entry for entry in entries if entry["name"] != "broken"] + [{**entries[0], "name": "twin"}])
+    result = faculty("assess", "-c", copy / "run.yaml", timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "teachers 1/1" in result.stdout

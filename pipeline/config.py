@@ -64,7 +64,11 @@ class BridgeSettings(StrictModel):
     """How a teacher's label space is related to the task's, see `pipeline.transport.bridge`."""
 
     kind: Literal["prototype", "conditional", "centres"] = "centres"
-    temperature: float = Field(0.1, gt=0, description="of the softmax over a teacher's classes or centres")
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="of the softmax over the label space; null: 1 for a teacher's classes, fitted for centres",
+    )
 
 
 class AssessSettings(StrictModel):
@@ -81,8 +85,12 @@ class SelectSettings(StrictModel):
 
     max_teachers: int = Field(4, ge=1)
     max_params: int | None = Field(None, ge=1, description="parameters of the whole set; null: no limit")
-    min_gain: float = Field(0.0, ge=0, le=1, description="transport gain below which a teacher is not considered")
-    confidence: float = Field(0.9, gt=0.5, lt=1, description="of the bootstrap that a set beats no teacher")
+    min_gain: float = Field(
+        0.005, ge=0, le=1, description="what a teacher must add to the set's score on validation images"
+    )
+    confidence: float = Field(
+        0.8, ge=0, lt=1, description="share of bootstrap resamples in which it adds that, and the set beats no teacher"
+    )
 
 
 class AmalgamateSettings(StrictModel):

@@ -12,7 +12,7 @@ PURE = ("transport", "assessment", "amalgamation", "distillation")
 # A room may import itself and the rooms named here.
 ALLOWED = {
     "transport": set(),
-    "assessment": {"transport"},
+    "assessment": {"transport", "amalgamation"},
     "amalgamation": {"transport"},
     "distillation": {"transport", "amalgamation"},
     "data": set(),

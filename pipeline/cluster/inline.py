@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.cluster.causes import one_line
-from pipeline.cluster.checkpoints import CheckpointStore
+from pipeline.engine.checkpoint import KEPT, CheckpointStore
 from pipeline.errors import FacultyError, StageError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from pipeline.engine.context import WorkerContext
 
     Loop = Callable[[WorkerContext, Any], None]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-KEPT_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
@@ -42,60 +36,6 @@ class FitOutcome:
     checkpoint: str | None
 
 
-class InlineContext:
-    """A single worker in this process that keeps checkpoints just as the workers of a cluster do.
-
-    The same storage therefore continues on a cluster what was begun here, and the other way round.
-
-    Parameters
-    ----------
-    store : CheckpointStore
-        Where checkpoints go.
-    on_report : callable, optional
-        Called with every metrics dict.
-    """
-
-    rank = 0
-    world_size = 1
-
-    def __init__(self, store: CheckpointStore, on_report: Callable[[dict[str, Any]], None] | None = None) -> None:
-        import torch
-
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.last: dict[str, Any] | None = None
-        self._store = store
-        self._on_report = on_report
-        newest = store.newest()
-        self._next = newest.index + 1 if newest else 0
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Move the module to the device."""
-        return model.to(self.device)
-
-    def report(self, metrics: dict[str, float], checkpoint: Path | None = None) -> None:
-        """Persist the checkpoint, drop all but the newest two, pass the metrics on."""
-        self.last = metrics = plain(metrics)
-        if checkpoint is not None:
-            self._store.save(Path(checkpoint), metrics, self._next)
-            self._store.tidy(KEPT_CHECKPOINTS)
-            self._next += 1
-        if self._on_report is not None:
-            self._on_report(metrics)
-
-    def restore(self) -> contextlib.AbstractContextManager[Path | None]:
-        """Give the newest whole checkpoint."""
-        newest = self._store.newest()
-        return self._store.local(newest.name) if newest else contextlib.nullcontext(None)
-
-    def barrier(self) -> None:
-        """Return at once: there is no other worker."""
-
-
-def plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Turn one-element tensors and numpy scalars into Python numbers, so that metrics can be read without torch."""
-    return {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
-
-
 def fit_inline(
     loop: Loop,
     payload: Any,
@@ -111,9 +51,11 @@ def fit_inline(
     StageError
         When the loop raises; the traceback lies in ``error.log`` beside the checkpoints.
     """
+    from pipeline.engine.context import LocalContext
+
     store = CheckpointStore(storage, name)
-    store.tidy(KEPT_CHECKPOINTS)
-    context = InlineContext(store, on_report)
+    store.tidy(KEPT)
+    context = LocalContext(store, on_report)
     try:
         loop(context, payload)
     except FacultyError:

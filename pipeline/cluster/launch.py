@@ -11,10 +11,10 @@ from typing import Any, cast
 import ray
 
 from pipeline.cluster.causes import is_death, one_line
-from pipeline.cluster.checkpoints import CheckpointStore
-from pipeline.cluster.inline import KEPT_CHECKPOINTS, FitOutcome
+from pipeline.cluster.inline import FitOutcome
 from pipeline.cluster.relay import Relay
 from pipeline.cluster.session import active, calm, describe, slots
+from pipeline.engine.checkpoint import KEPT, CheckpointStore
 from pipeline.errors import FacultyError, StageError, UserError
 
 _POLL_S = 0.1
@@ -38,7 +38,7 @@ def fit_on_cluster(
     """Train on Ray workers; see :func:`pipeline.cluster.train.fit`."""
     _check_room(num_workers, dict(resources_per_worker or {"CPU": 1}) | ({"GPU": 1} if use_gpu else {}))
     store = CheckpointStore(storage, name)
-    store.tidy(KEPT_CHECKPOINTS)
+    store.tidy(KEPT)
     first = store.newest()
     relay = Relay()
     run = _Run(relay, on_report)
@@ -55,7 +55,7 @@ def fit_on_cluster(
         raise _explain(error, run, store, verbose) from error
     finally:
         relay.close()
-    store.tidy(KEPT_CHECKPOINTS)
+    store.tidy(KEPT)
     newest = store.newest()
     metrics = run.last if run.last is not None else newest.metrics if newest else {}
     return FitOutcome(metrics, store.path(newest.name) if newest else None)
@@ -181,7 +181,7 @@ def _trainer(
             config.RunConfig(
                 name=job.name,
                 storage_path=job.storage if "://" in job.storage else CheckpointStore(job.storage, "").root.rstrip("/"),
-                checkpoint_config=config.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+                checkpoint_config=config.CheckpointConfig(num_to_keep=KEPT),
                 failure_config=config.FailureConfig(max_failures=max_failures, controller_failure_limit=starts),
                 callbacks=callbacks(job.relay),
                 logging_config=config.LoggingConfig(log_level="INFO" if verbose else "ERROR"),

@@ -11,8 +11,8 @@ from typing import Any
 from ray import cloudpickle, tune
 
 from pipeline.cluster.causes import is_death, one_line
-from pipeline.cluster.inline import plain
 from pipeline.cluster.measure import Meter
+from pipeline.engine.checkpoint import plain
 
 Row = dict[str, Any]
 

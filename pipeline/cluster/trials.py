@@ -9,8 +9,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipeline.cluster.checkpoints import CheckpointStore
 from pipeline.cluster.session import active, calm, slots
+from pipeline.engine.checkpoint import CheckpointStore
 
 Row = dict[str, Any]
 _TUNE_FILES = ("tuner.pkl", "basic-variant-state", "experiment_state", ".validate_storage_marker")

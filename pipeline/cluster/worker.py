@@ -17,8 +17,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.cluster.causes import one_line
-from pipeline.cluster.checkpoints import CheckpointStore, index_of, new_name, write_manifest
-from pipeline.cluster.inline import plain
+from pipeline.engine.checkpoint import CheckpointStore, index_of, new_name, plain, write_manifest
 from pipeline.errors import StageError
 
 if TYPE_CHECKING:

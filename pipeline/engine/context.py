@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from pipeline.engine.checkpoint import KEPT, CheckpointStore, plain
 
 
 class WorkerContext(Protocol):
@@ -54,10 +56,13 @@ class WorkerContext(Protocol):
 class LocalContext:
     """A single worker in this process.
 
+    It keeps checkpoints just as the workers of a cluster do: the same store continues there what was begun here, and
+    the other way round.
+
     Parameters
     ----------
-    folder : Path, optional
-        Where the newest checkpoint is kept; without it checkpoints are dropped and nothing is restored.
+    store : CheckpointStore, optional
+        Where checkpoints go; without it they are dropped and nothing is restored.
     on_report : callable, optional
         Called with every metrics dict.
     device : torch.device, optional
@@ -69,32 +74,37 @@ class LocalContext:
 
     def __init__(
         self,
-        folder: Path | None = None,
-        on_report: Callable[[dict[str, float]], None] | None = None,
+        store: CheckpointStore | None = None,
+        on_report: Callable[[dict[str, Any]], None] | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._folder = folder
+        self.last: dict[str, Any] | None = None
+        self._store = store
         self._on_report = on_report
+        newest = store.newest() if store is not None else None
+        self._next = newest.index + 1 if newest else 0
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move the module to the device."""
         return model.to(self.device)
 
     def report(self, metrics: dict[str, float], checkpoint: Path | None = None) -> None:
-        """Add the checkpoint as the newest (a crash leaves the former one) and pass metrics on."""
-        if checkpoint is not None and self._folder is not None:
-            from pipeline.engine.checkpoint import replace_folder
-
-            replace_folder(checkpoint, self._folder)
+        """Persist the checkpoint, drop all but the newest two, pass the metrics on."""
+        self.last = plain(metrics)
+        if checkpoint is not None and self._store is not None:
+            self._store.save(Path(checkpoint), self.last, self._next)
+            self._store.tidy(KEPT)
+            self._next += 1
         if self._on_report is not None:
-            self._on_report(metrics)
+            self._on_report(self.last)
 
     def restore(self) -> contextlib.AbstractContextManager[Path | None]:
-        """Give the newest checkpoint's folder."""
-        from pipeline.engine.checkpoint import newest_folder
-
-        return contextlib.nullcontext(newest_folder(self._folder) if self._folder is not None else None)
+        """Give the newest whole checkpoint."""
+        newest = self._store.newest() if self._store is not None else None
+        if self._store is None or newest is None:
+            return contextlib.nullcontext(None)
+        return self._store.local(newest.name)
 
     def barrier(self) -> None:
         """Return at once: there is no other worker."""

@@ -51,9 +51,13 @@ class ObjectiveSpec(StrictModel):
     """
 
     cross_entropy: float = Field(1.0, ge=0)
-    transport: float = Field(1.0, ge=0)
-    soft_targets: float = Field(1.0, ge=0)
+    transport: float = Field(10.0, ge=0, description="1 / reg puts it on the scale of a cross-entropy")
+    soft_targets: float = Field(0.0, ge=0)
     reg: float = Field(0.1, gt=0, description="entropic regulariser ε of the transport loss, on costs in [0, 1]")
+    temperature: float = Field(1.0, gt=0, description="τ of the soft targets")
+    confidence: bool = Field(
+        False, description="an image counts as much as its teacher is sure of it; false: all alike"
+    )
     ramp: float = Field(
         0.0, ge=0, le=1, description="fraction of the training over which the teachers' share rises to 1"
     )

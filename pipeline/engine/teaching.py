@@ -13,10 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.distillation.objectives import labelled_cross_entropy
+from pipeline.distillation.objectives import CrossEntropy, SoftTargets, TransportDistillation, ramped
 from pipeline.engine.spec import ObjectiveSpec
 from pipeline.errors import StageError
-from pipeline.transport.sinkhorn import transport_loss
 
 _TENSORS, _ABOUT = "teaching.safetensors", "teaching.json"
 
@@ -121,12 +120,13 @@ class Teaching:
 
     def batch(self, rows: Tensor, device: torch.device) -> TaughtBatch:
         """Return what the teachers say of some rows."""
-        found = {name: value[rows] for name, value in self._rows.items()}
-        return TaughtBatch(
-            teacher=found["teacher"].long().to(device),
-            p=found["p"].float().to(device),
-            target=found["target"].float().to(device),
-            weight=found["weight"].float().to(device),
+        found = {name: value[rows].to(device) for name, value in self._rows.items()}
+        p, target = found["p"].float(), found["target"].float()
+        return TaughtBatch(  # half precision has rounded the sums away from 1
+            teacher=found["teacher"].long(),
+            p=p / p.sum(1, keepdim=True),
+            target=target / target.sum(1, keepdim=True),
+            weight=found["weight"].float(),
         )
 
 
@@ -137,7 +137,7 @@ def _digest_of_ids(ids: Sequence[str]) -> str:
 class TeachingObjective(nn.Module):
     """The loss of a student that has labels for some images and teachers for others.
 
-    loss = w_ce · CE(labelled) + ramp · mean_b weight_b (w_t · S_ε(p_b, q_b; M_t(b)) + w_s · KL(target_b ‖ q_b)),
+    loss = w_ce · CE(labelled) + ramp · mean_b weight_b (w_t · S_ε(p_b, q_b; M_t(b)) + w_s · τ² KL(target_b ‖ q_b)),
     each image taught by its own teacher t(b) in that teacher's label space.
 
     Parameters
@@ -149,15 +149,19 @@ class TeachingObjective(nn.Module):
 
     def __init__(self, spec: ObjectiveSpec, teaching: Teaching | None, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.spec, self.label_smoothing = spec, label_smoothing
-        self.teachers = len(teaching.teachers) if teaching is not None else 0
-        for number, cost in enumerate(teaching.costs if teaching is not None else ()):
-            self.register_buffer(f"cost_{number}", cost, persistent=False)
+        self.weight, self.ramp, self.confidence = spec.cross_entropy, spec.ramp, spec.confidence
+        self.labels = CrossEntropy(label_smoothing=label_smoothing)
+        self.transport: TransportDistillation | None = None
+        self.soft_targets: SoftTargets | None = None
+        if teaching is not None and spec.transport:
+            self.transport = TransportDistillation(teaching.costs, reg=spec.reg, weight=spec.transport, ramp=spec.ramp)
+        if teaching is not None and spec.soft_targets:
+            self.soft_targets = SoftTargets(weight=spec.soft_targets, temperature=spec.temperature)
 
     def forward(
         self, logits: Tensor, labels: Tensor, targets: TaughtBatch | None, *, progress: float
     ) -> dict[str, Tensor]:
-        """Return ``{"loss", "cross_entropy", "transport", "soft_targets"}``.
+        """Return ``{"loss", "cross_entropy", "transport", "soft_targets"}``, the parts without their weights.
 
         Parameters
         ----------
@@ -169,32 +173,17 @@ class TeachingObjective(nn.Module):
         progress : float
             Part of the training done, in [0, 1).
         """
-        spec = self.spec
-        cross_entropy = labelled_cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        parts = {"cross_entropy": cross_entropy.detach()}
-        loss = spec.cross_entropy * cross_entropy
+        parts = self.labels(logits, labels)
+        loss = self.weight * parts.pop("loss")
         if targets is not None:
             taught = logits[-len(targets.teacher) :]
-            share = min(progress / spec.ramp, 1.0) if spec.ramp else 1.0
-            if spec.transport:
-                transport = self._transport(taught.softmax(1), targets)
-                parts["transport"] = transport.detach()
-                loss = loss + share * spec.transport * transport
-            if spec.soft_targets:
-                divergence = torch.nn.functional.kl_div(taught.log_softmax(1), targets.target, reduction="none").sum(1)
-                soft = (targets.weight * divergence).mean()
-                parts["soft_targets"] = soft.detach()
-                loss = loss + share * spec.soft_targets * soft
+            weights = targets.weight if self.confidence else None
+            if self.transport is not None:
+                found = self.transport(taught, targets.teacher, targets.p, weights=weights, progress=progress)
+                loss = loss + found.pop("loss")
+                parts |= found
+            if self.soft_targets is not None:
+                found = self.soft_targets(taught, targets.target, weights=weights)
+                loss = loss + ramped(progress, self.ramp) * found.pop("loss")
+                parts |= found
         return {"loss": loss, **parts}
-
-    def _transport(self, q: Tensor, targets: TaughtBatch) -> Tensor:
-        total = q.new_zeros(())
-        for number in range(self.teachers):
-            mine = targets.teacher == number
-            if not bool(mine.any()):
-                continue
-            cost = self.get_buffer(f"cost_{number}")
-            p = targets.p[mine, : cost.shape[0]]
-            each = transport_loss(p / p.sum(1, keepdim=True), q[mine], cost, self.spec.reg, "none")
-            total = total + (targets.weight[mine] * each).sum()
-        return total / len(targets.teacher)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 Advance = Callable[..., None]
+_PIPED_WIDTH = 120  # a file or a log has no width of its own
 
 
 class Display:
@@ -24,6 +25,8 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, _PIPED_WIDTH)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -79,10 +79,11 @@ def _select(run: Run) -> None:
 def _teachers(run: Run, choice: dict[str, Any] | None) -> None:
     from pipeline.stages.assess import rows_of
 
-    columns = ["teacher", "classes", "params", "cost", "gain", "k-NN", "LEEP", "s", "MB"]
-    shown = table(*columns, *(("chosen", "why") if choice else ("problem",)))
-    for column in shown.columns[1:9]:
+    names = ("teacher", "classes", "params", "cost", "gain", "k-NN", "LEEP")
+    shown = table(*names, *(("chosen", "why") if choice else ("s", "MB", "problem")))
+    for column in shown.columns[1 : 7 if choice else 9]:
         column.justify = "right"
+    shown.columns[0].no_wrap = True
     for row in rows_of(run):
         cells = [
             escape(row["teacher"]),
@@ -92,15 +93,12 @@ def _teachers(run: Run, choice: dict[str, Any] | None) -> None:
             _number(row["transport_gain"], ".3f"),
             _number(row["knn"], ".3f"),
             _number(row["leep"], ".3f"),
-            _number(row["seconds"], ".1f"),
-            _number(row["peak_mb"], ".0f"),
         ]
         if choice is None:
-            cells.append(escape(row["error"] or ""))
+            cells += [_number(row["seconds"], ".2f"), _number(row["peak_mb"], ".0f"), escape(row["error"] or "")]
         else:
             chosen = row["teacher"] in choice["chosen"]
-            reason = row["error"] or choice["reasons"].get(row["teacher"], "")
-            cells += ["[green]yes[/]" if chosen else "", escape(reason)]
+            cells += ["[green]yes[/]" if chosen else "", escape(choice["reasons"][row["teacher"]])]
         shown.add_row(*cells)
     run.display.table(shown)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster.checkpoints import CheckpointStore
 from pipeline.cluster.session import session
 from pipeline.cluster.spec import ClusterSpec
+from pipeline.engine.checkpoint import CheckpointStore
 from pipeline.errors import ConfigError, UserError
 
 pytestmark = pytest.mark.integration
@@ -34,7 +34,7 @@ def count(context, steps):
 DRIVER = """
 import sys
 from driver_loops import count
-from pipeline.cluster.checkpoints import CheckpointStore
+from pipeline.engine.checkpoint import CheckpointStore
 from pipeline.cluster.session import session
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.cluster.train import fit

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.causes import one_line, root_cause
-from pipeline.cluster.checkpoints import MANIFEST, CheckpointStore
 from pipeline.cluster.inline import map_inline
 from pipeline.cluster.measure import Meter
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.cluster.train import fit
+from pipeline.engine.checkpoint import MANIFEST, CheckpointStore
 from pipeline.errors import ConfigError, StageError
 from pipeline.strict import validate
 
@@ -131,8 +131,8 @@ def test_the_settings_are_strict():
 
 
 def test_the_inline_half_imports_neither_ray_nor_torch():
-    modules = ("spec", "inline", "train", "checkpoints", "causes", "measure")
-    code = "import sys\n" + "".join(f"import pipeline.cluster.{name}\n" for name in modules)
+    modules = ["engine.checkpoint", *(f"cluster.{name}" for name in ("spec", "inline", "train", "causes", "measure"))]
+    code = "import sys\n" + "".join(f"import pipeline.{name}\n" for name in modules)
     code += "print(sorted({'ray', 'torch', 'mlflow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

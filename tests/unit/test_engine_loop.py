@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.engine.checkpoint import load_state, newest_folder, replace_folder, save_state
+from pipeline.engine.checkpoint import CheckpointStore, load_state, save_state
 from pipeline.engine.context import LocalContext
 from pipeline.engine.loop import Lesson, fit, rate
 from pipeline.engine.sampling import BatchSampler, epoch_order
@@ -78,7 +78,8 @@ def train(folder: Path | None, *, kill_after: int | None = None, taught: bool = 
     torch.manual_seed(7)
     student = TinyStudent()
     spec = LoopSpec(epochs=epochs, batch_size=16, labelled_batch=6, checkpoint_every=2, optim=OptimSpec(lr=0.02))
-    context = LocalContext(folder, on_report, CPU)
+    store = CheckpointStore(str(folder), "run") if folder is not None else None
+    context = LocalContext(store, on_report, CPU)
     history = fit(student, TinyObjective(), lesson(taught), spec, context, seed=3)
     return student.state_dict(), history
 
@@ -100,9 +101,8 @@ def test_resume_repeats_no_epoch_before_the_checkpoint(tmp_path: Path) -> None:
     seen: list[float] = []
     student = TinyStudent()
     spec = LoopSpec(epochs=6, batch_size=16, labelled_batch=6, checkpoint_every=2, optim=OptimSpec(lr=0.02))
-    fit(
-        student, TinyObjective(), lesson(), spec, LocalContext(tmp_path, lambda m: seen.append(m["epoch"]), CPU), seed=3
-    )
+    context = LocalContext(CheckpointStore(str(tmp_path), "run"), lambda m: seen.append(m["epoch"]), CPU)
+    fit(student, TinyObjective(), lesson(), spec, context, seed=3)
     assert seen == [5, 6]
 
 
@@ -119,12 +119,17 @@ def test_no_teacher_trains_on_labels_alone_with_the_same_steps() -> None:
     assert len(history) == 6
 
 
+def checkpoint(home: Path, index: int, **state: object) -> Path:
+    source = home / "source"
+    source.mkdir(parents=True, exist_ok=True)
+    save_state(source, dict(state))
+    store = CheckpointStore(str(home), "run")
+    return Path(store.path(store.save(source, {}, index).name))
+
+
 def test_a_checkpoint_of_another_lesson_is_not_used(tmp_path: Path) -> None:
-    save_dir = tmp_path / "source"
-    save_dir.mkdir()
-    save_state(save_dir, {"name": "other", "epoch": 5})
-    replace_folder(save_dir, tmp_path / "home")
-    _, history = train(tmp_path / "home")
+    checkpoint(tmp_path, 0, name="other", epoch=5)
+    _, history = train(tmp_path)
     assert [m["epoch"] for m in history] == [1, 2, 3, 4, 5, 6]
 
 
@@ -140,21 +145,17 @@ def test_a_loss_that_is_not_finite_stops_the_training() -> None:
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    for epoch in (1, 2, 3):
-        source = tmp_path / f"s{epoch}"
-        source.mkdir()
-        save_state(source, {"name": "x", "epoch": epoch})
-        replace_folder(source, tmp_path / "home")
-    kept = sorted(path.name for path in (tmp_path / "home").iterdir())
-    assert kept == ["checkpoint_000001", "checkpoint_000002"]
-    state = tmp_path / "home" / "checkpoint_000002" / "state.pt"
-    state.write_bytes(state.read_bytes()[:-7])
-    assert load_state(state.parent) is None
-    newest = newest_folder(tmp_path / "home")
+    paths = [checkpoint(tmp_path, epoch, name="x", epoch=epoch) for epoch in (1, 2, 3)]
+    state = paths[-1] / "state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1  # the size stays
+    state.write_bytes(content)
+    (paths[-2] / "state.pt").write_bytes(b"")
+    store = CheckpointStore(str(tmp_path), "run")
+    newest = store.newest()
     assert newest is not None
-    restored = load_state(newest)
-    assert restored is not None
-    assert restored["epoch"] == 2
+    with store.local(newest.name) as folder:
+        assert load_state(folder)["epoch"] == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

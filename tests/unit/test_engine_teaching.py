@@ -67,7 +67,9 @@ def test_the_transport_part_against_pot(teaching: Teaching) -> None:
     batch = teaching.batch(rows, CPU)
     logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     reg = 0.2
-    objective = TeachingObjective(ObjectiveSpec(reg=reg, soft_targets=0, cross_entropy=0), teaching)
+    objective = TeachingObjective(
+        ObjectiveSpec(reg=reg, transport=1, soft_targets=0, cross_entropy=0, confidence=True), teaching
+    )
     found = objective(logits, torch.tensor([2, -1, -1, -1, -1]), batch, progress=0.5)
     expected = 0.0
     for row in range(4):
@@ -77,15 +79,16 @@ def test_the_transport_part_against_pot(teaching: Teaching) -> None:
         plan = ot.sinkhorn(p / p.sum(), q, cost, reg, numItermax=20000, stopThr=1e-12)
         value = (plan * cost).sum() + reg * (plan * (np.log(plan) - 1)).sum()
         expected += float(batch.weight[row]) * value / 4
-    assert float(found["transport"]) == pytest.approx(expected, abs=1e-4)
-    assert float(found["loss"]) == pytest.approx(expected, abs=1e-4)
+    # the training's solver stops at a marginal error of 1e-2
+    assert float(found["transport"]) == pytest.approx(expected, abs=2e-3)
+    assert float(found["loss"]) == pytest.approx(expected, abs=2e-3)
 
 
 def test_the_soft_targets_and_the_labels_against_plain_torch(teaching: Teaching) -> None:
     batch = teaching.batch(torch.tensor([2, 3]), CPU)
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(2), requires_grad=True)
     labels = torch.tensor([1, 0, -1, -1])
-    spec = ObjectiveSpec(transport=0, soft_targets=3.0, cross_entropy=2.0)
+    spec = ObjectiveSpec(transport=0, soft_targets=3.0, cross_entropy=2.0, confidence=True)
     found = TeachingObjective(spec, teaching)(logits, labels, batch, progress=0)
     log_q = logits[2:].log_softmax(1)
     kl = (batch.target * (batch.target.log() - log_q)).sum(1)
@@ -101,7 +104,7 @@ def test_the_soft_targets_and_the_labels_against_plain_torch(teaching: Teaching)
 def test_the_teachers_share_rises_along_its_ramp(teaching: Teaching) -> None:
     batch = teaching.batch(torch.tensor([2, 3]), CPU)
     logits, labels = torch.zeros(3, 3), torch.tensor([1, -1, -1])
-    objective = TeachingObjective(ObjectiveSpec(transport=0, cross_entropy=0, ramp=0.5), teaching)
+    objective = TeachingObjective(ObjectiveSpec(transport=0, soft_targets=1, cross_entropy=0, ramp=0.5), teaching)
     start, half, later, end = (
         float(objective(logits, labels, batch, progress=progress)["loss"]) for progress in (0, 0.25, 0.5, 0.9)
     )

@@ -1,0 +1,1 @@
+"""Transferability scores, ranking and choice of the set. Pure torch."""

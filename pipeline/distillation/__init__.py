@@ -1,0 +1,1 @@
+"""Objectives that a student is trained with. Pure torch."""

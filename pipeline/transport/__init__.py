@@ -1,0 +1,1 @@
+"""Optimal transport between label spaces: ground cost, Sinkhorn, transport cost and gain. Pure torch."""

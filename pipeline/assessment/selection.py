@@ -18,6 +18,8 @@ from pipeline.transport import _checks
 Reason = Literal["chosen", "no relation", "no marginal gain", "over budget", "set no better than no teacher"]
 
 _RESAMPLES = 2000
+# What single precision leaves of a difference that is none.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def select_set(
     parameters: Mapping[str, int] | None = None,
     max_teachers: int | None = 4,
     max_params: int | None = None,
-    min_gain: float = 0.005,
-    confidence: float = 0.8,
+    min_gain: float = 0.01,
+    confidence: float = 0.9,
     seed: int = 0,
 ) -> Selection:
     """Choose teachers one by one, each time the one that adds most to what the set says of the validation images.
@@ -157,7 +159,7 @@ def select_set(
     if reference is None:
         classes = next(iter(carried.values())).shape[1] if carried else int(y.max()) + 1
         reference = (torch.bincount(y, minlength=classes).double() / len(y)).expand(len(y), -1)
-    _checks.distributions("reference", reference)
+    _checks.distributions("reference", reference, next(iter(carried.values())).shape[1] if carried else None)
     if len(reference) != len(y):
         raise ValueError(f"reference must have {len(y)} rows, got shape {tuple(reference.shape)}")
     without = reference.double().cpu()[rows, y]
@@ -175,7 +177,7 @@ def select_set(
     open_names = []
     for name in sorted(votes, key=lambda name: (sizes.get(name, 0), name)):
         advantage = alone[name] - chance
-        if (gains is not None and gains[name] <= 0) or float(advantage.mean()) <= 0:
+        if (gains is not None and gains[name] <= 0) or float(advantage.mean()) <= _ROUNDING:
             mean = float(advantage.mean())
             verdicts[name] = Verdict("no relation", float(alone[name].mean()), mean, surety(advantage, min_gain))
         else:

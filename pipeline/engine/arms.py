@@ -14,7 +14,7 @@ from pipeline.data.views import augment
 from pipeline.engine.context import WorkerContext
 from pipeline.engine.evaluation import predict
 from pipeline.engine.loop import Lesson, batches_of, fit
-from pipeline.engine.spec import LoopSpec, ObjectiveSpec
+from pipeline.engine.spec import Arm, LoopSpec, ObjectiveSpec
 from pipeline.engine.teaching import Teaching, TeachingObjective
 from pipeline.models.spec import StudentSpec
 from pipeline.models.student import Student, build_student, save_student
@@ -22,29 +22,6 @@ from pipeline.models.student import Student, build_student, save_student
 LABELLED = ("train_labelled",)
 TAUGHT = ("train_labelled", "train_unlabelled")
 _BATCH = 512
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One training.
-
-    Attributes
-    ----------
-    name : str
-        Unique among the arms of a run.
-    seed : int
-        Of the initial weights, the batches and the augmentation.
-    folder : str
-        Where the student goes: `model.safetensors`, `student.json`, `predictions.safetensors`, `history.json`, and
-        `done.json` last.
-    teaching : str or None
-        Folder of what the teachers say (see `Teaching`); None trains on the labels alone.
-    """
-
-    name: str
-    seed: int
-    folder: str
-    teaching: str | None
 
 
 @dataclass(frozen=True)
@@ -59,11 +36,6 @@ class ArmsPayload:
     augment: AugmentSpec
 
 
-def is_done(arm: Arm) -> bool:
-    """Whether an arm has been trained to its end."""
-    return (Path(arm.folder) / "done.json").exists()
-
-
 def train_arms(context: WorkerContext, payload: ArmsPayload) -> None:
     """Train every arm that is not done, one after the other.
 
@@ -73,7 +45,7 @@ def train_arms(context: WorkerContext, payload: ArmsPayload) -> None:
     table = ImageTable.open(payload.table)
     labelled, taught = table.split(*LABELLED), table.split(*TAUGHT)
     for number, arm in enumerate(payload.arms):
-        if is_done(arm):
+        if arm.done:
             continue
         torch.manual_seed(arm.seed)
         student = build_student(payload.student, len(table.classes), table.image_shape)

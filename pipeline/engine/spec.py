@@ -1,7 +1,9 @@
-"""Settings of the training loop."""
+"""Settings of the training loop, and what tells one training from another. Imports no torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -61,3 +63,31 @@ class ObjectiveSpec(StrictModel):
     ramp: float = Field(
         0.0, ge=0, le=1, description="fraction of the training over which the teachers' share rises to 1"
     )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training.
+
+    Attributes
+    ----------
+    name : str
+        Unique among the arms of a run.
+    seed : int
+        Of the initial weights, the batches and the augmentation.
+    folder : str
+        Where the student goes: `model.safetensors`, `student.json`, `predictions.safetensors`, `history.json`, and
+        `done.json` last.
+    teaching : str or None
+        Folder of what the teachers say (see `Teaching`); None trains on the labels alone.
+    """
+
+    name: str
+    seed: int
+    folder: str
+    teaching: str | None
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been trained to its end."""
+        return (Path(self.folder) / "done.json").exists()

@@ -22,6 +22,7 @@ from pipeline.models.factories import (
     one_line,
     with_defaults,
 )
+from pipeline.models.files import file_sha256, missing
 from pipeline.models.spec import (
     TRUSTED_FACTORIES,
     ExportedModel,
@@ -33,7 +34,7 @@ from pipeline.models.spec import (
     TorchvisionModel,
 )
 from pipeline.models.teacher import Teacher
-from pipeline.models.weights import file_sha256, fill, missing, read_state_dict
+from pipeline.models.weights import fill, read_state_dict
 
 Resolver = Callable[[str], "nn.Module | str | Path"]
 

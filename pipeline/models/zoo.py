@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pipeline.errors import ConfigError, TeacherError
+from pipeline.models.files import file_sha256, missing
 from pipeline.models.spec import TeacherSpec, ZooFile
-from pipeline.models.weights import file_sha256, missing
 from pipeline.strict import load_yaml, validate
 
 

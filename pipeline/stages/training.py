@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from pipeline.engine.arms import Arm, ArmsPayload, is_done, train_arms
-from pipeline.engine.evaluation import Evaluation, evaluate
+from pipeline.engine.spec import Arm
 from pipeline.stages.base import Run
 from pipeline.stages.ingest import table_path
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.engine.evaluation import Evaluation
 
 
 def arm(run: Run, name: str, seed: int, teaching: Path | None, digest: str) -> Arm:
@@ -46,10 +48,11 @@ def arm(run: Run, name: str, seed: int, teaching: Path | None, digest: str) -> A
 
 def train(run: Run, arms: Sequence[Arm], title: str) -> None:
     """Train those arms that are not done, in one worker group; a run that was cut off continues."""
-    missing = [item for item in arms if not is_done(item)]
+    missing = [item for item in arms if not item.done]
     if not missing:
         return
     from pipeline.cluster.train import fit
+    from pipeline.engine.arms import ArmsPayload, train_arms
 
     settings = run.settings.distill
     workers = settings.resources
@@ -106,6 +109,7 @@ def history(item: Arm) -> list[dict[str, float]]:
 def score(run: Run, item: Arm, split: str) -> Evaluation:
     """Evaluate a trained arm on a split."""
     from pipeline.data.table import ImageTable
+    from pipeline.engine.evaluation import evaluate
 
     labels = ImageTable.open(str(table_path(run))).split(split).labels
     return evaluate(predictions(item)[split], labels)

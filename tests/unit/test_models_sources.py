@@ -12,9 +12,9 @@ from torch import nn
 from pipeline.errors import TeacherError
 from pipeline.models import nets
 from pipeline.models.class_names import class_names
+from pipeline.models.files import file_sha256
 from pipeline.models.sources import load_teacher
 from pipeline.models.spec import PreprocessingSpec, TeacherSpec
-from pipeline.models.weights import file_sha256
 
 GREY = PreprocessingSpec(size=12, channels=1, mean=(0.5,), std=(0.5,))
 IMAGES = torch.arange(2 * 144, dtype=torch.uint8).reshape(2, 1, 12, 12)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.errors import ConfigError, TeacherError
-from pipeline.models.weights import file_sha256
+from pipeline.models.files import file_sha256
 from pipeline.models.zoo import Zoo, load_zoo
 
 

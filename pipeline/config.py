@@ -86,10 +86,10 @@ class SelectSettings(StrictModel):
     max_teachers: int = Field(4, ge=1)
     max_params: int | None = Field(None, ge=1, description="parameters of the whole set; null: no limit")
     min_gain: float = Field(
-        0.005, ge=0, le=1, description="what a teacher must add to the set's score on validation images"
+        0.01, ge=0, le=1, description="what a teacher must add to the set's score on validation images"
     )
     confidence: float = Field(
-        0.8, ge=0, lt=1, description="share of bootstrap resamples in which it adds that, and the set beats no teacher"
+        0.9, ge=0, lt=1, description="share of bootstrap resamples in which it adds that, and the set beats no teacher"
     )
 
 

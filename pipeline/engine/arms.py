@@ -49,7 +49,7 @@ def train_arms(context: WorkerContext, payload: ArmsPayload) -> None:
             continue
         torch.manual_seed(arm.seed)
         student = build_student(payload.student, len(table.classes), table.image_shape)
-        student.to(memory_format=torch.channels_last)
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         teaching = Teaching.open(arm.teaching) if arm.teaching is not None else None
         if teaching is not None:
             teaching.check(taught.ids)

@@ -22,7 +22,10 @@ from pipeline.engine.spec import LoopSpec, OptimSpec
 class Images(Protocol):
     """Where the loop gets images and labels from."""
 
-    labels: torch.Tensor
+    @property
+    def labels(self) -> torch.Tensor:
+        """Class numbers, (N,) int64; −1 where there is none."""
+        ...
 
     def __len__(self) -> int: ...
 

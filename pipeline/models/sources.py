@@ -116,7 +116,7 @@ def _net(
                 raise Refused(f"`source.path` {source.path} has the suffix {suffix!r}; use `type: {other}`")
             factory = import_factory(source.factory, trusted)
             net = _built(factory, spec, source.kwargs, source.factory)
-            return _filled(net, source.path), [], None
+            return _filled(net, source.path, _count(spec)), [], None
         case ExportedModel():
             net = _program(source.path, "source.path", device)
             return net, output_widths(net), None
@@ -146,13 +146,14 @@ def _program(path: str | Path, field: str, device: str | torch.device) -> nn.Mod
         raise Refused(f"`{field}` {path} {error}") from None
 
 
-def _filled(net: nn.Module, path: str) -> nn.Module:
+def _filled(net: nn.Module, path: str, count: int | None = None) -> nn.Module:
     try:
         fill(net, read_state_dict(path))
     except OSError as error:
         raise Refused(f"`source.path` {path} can't be read ({error.strerror or error})") from None
     except ValueError as error:
-        raise Refused(f"`source.path` {path} {error}") from None
+        hint = f"; `classes` names {count}" if count is not None and "another shape" in str(error) else ""
+        raise Refused(f"`source.path` {path} {error}{hint}") from None
     return net
 
 

@@ -28,9 +28,20 @@ class Outcome:
 class Stage(Protocol):
     """One step of the pipeline."""
 
-    name: str
-    version: int
-    needs: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """What it is called: in commands, in the run folder, in the tracking store."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Raised when the same inputs give another result than before."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The stages whose results it reads."""
+        ...
 
     def inputs(self, run: Run) -> Mapping[str, Any]:
         """Return what the result depends on, besides the digests of `needs`: settings without resources, files."""
@@ -95,8 +106,11 @@ class Run:
 
     @property
     def tracking_uri(self) -> str | None:
-        """Where MLflow is, for teachers from its registry."""
-        return self.settings.tracking.uri
+        """Where MLflow is, for teachers from its registry; it may carry credentials and is never printed."""
+        from pipeline.tracking.connect import find_store
+
+        store = find_store(self.settings.tracking, self.files.root)
+        return store.uri if store.kind in ("database", "server", "other") else None
 
     def __enter__(self) -> Run:
         return self

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Settings
 from pipeline.data.spec import SourceSpec
 from pipeline.errors import DataError
 from pipeline.stages.artefacts import write_json
@@ -67,7 +66,7 @@ def source_identity(source: SourceSpec) -> str:
     DataError
         If a local path holds nothing.
     """
-    location = getattr(source, "path", None) or getattr(source, "root", "")
+    location = source.root if source.type == "torchvision" else source.path
     if "://" in location:
         return hashlib.sha256(location.encode()).hexdigest()
     files = sorted(_files(location))
@@ -103,9 +102,3 @@ def _without_paths(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: _without_paths(value) for key, value in data.items() if key not in ("path", "root")}
     return data
-
-
-def describe(settings: Settings) -> str:
-    """Return the task's source in a few words."""
-    source = settings.task.source
-    return f"{source.type}: {getattr(source, 'path', None) or getattr(source, 'root', '')}"

@@ -79,9 +79,9 @@ def _select(run: Run) -> None:
 def _teachers(run: Run, choice: dict[str, Any] | None) -> None:
     from pipeline.stages.assess import rows_of
 
-    names = ("teacher", "classes", "params", "cost", "gain", "k-NN", "LEEP")
+    names = ("teacher", "classes", "params", "cost", "gain", "bridge gain", "k-NN", "LEEP")
     shown = table(*names, *(("chosen", "why") if choice else ("s", "MB", "problem")))
-    for column in shown.columns[1 : 7 if choice else 9]:
+    for column in shown.columns[1 : 8 if choice else 10]:
         column.justify = "right"
     shown.columns[0].no_wrap = True
     for row in rows_of(run):
@@ -91,6 +91,7 @@ def _teachers(run: Run, choice: dict[str, Any] | None) -> None:
             _number(row["parameters"], ",d"),
             _number(row["transport_cost"], ".3f"),
             _number(row["transport_gain"], ".3f"),
+            _number(row["bridge_gain"], ".3f"),
             _number(row["knn"], ".3f"),
             _number(row["leep"], ".3f"),
         ]

@@ -64,6 +64,7 @@ def train(run: Run, arms: Sequence[Arm], title: str) -> None:
         objective=settings.objective,
         augment=settings.augment,
     )
+    titles = [item.name.rpartition("-")[0] for item in missing]  # without the key
     seen = {"done": 0}
     with run.display.bar(title, len(missing) * settings.loop.epochs) as advance:
 
@@ -71,10 +72,10 @@ def train(run: Run, arms: Sequence[Arm], title: str) -> None:
             number, epoch = int(metrics["arm"]), int(metrics["epoch"])
             done = number * settings.loop.epochs + epoch
             # After a restart some epochs are reported again: the bar only moves forward.
-            advance(max(done - seen["done"], 0), f"{missing[number].name} loss {metrics['loss']:.3f}")
+            advance(max(done - seen["done"], 0), f"{titles[number]}, loss {metrics['loss']:.3f}")
             seen["done"] = max(seen["done"], done)
             numbers = {key: value for key, value in metrics.items() if key not in ("arm", "epoch")}
-            prefix = "" if len(missing) == 1 else f"{missing[number].name}/"
+            prefix = "" if len(missing) == 1 else f"{titles[number]}/"
             run.tracker.metrics({f"{prefix}{key}": value for key, value in numbers.items()}, step=epoch)
 
         if workers.num_workers:

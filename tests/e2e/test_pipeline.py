@@ -68,7 +68,7 @@ def test_the_output_is_ours_alone(finished: subprocess.CompletedProcess[str]) ->
 def test_every_teacher_has_a_row_and_the_broken_one_its_error(world: Path, finished) -> None:
     rows = {row["teacher"]: row for row in pq.read_table(artefact(world, "assess", "assessment.parquet")).to_pylist()}
     assert set(rows) == {"flat", "solid", "mixed", "untrained", "broken"}
-    assert "classes" in rows["broken"]["error"]
+    assert "`classes` names 3" in rows["broken"]["error"]
     for name in ("flat", "solid", "mixed", "untrained"):
         row = rows[name]
         assert row["error"] is None

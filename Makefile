@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up all they need; only python3, make and a package index are assumed.
-.PHONY: setup demo test lint format lock docs clean demo-assets
+.PHONY: setup demo test lint format lock clean bench-demo
 .DELETE_ON_ERROR:
 
 UV_VERSION := 0.13.8
@@ -26,6 +26,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# Writes benchmarks/results/demo.json and the README's table: about two minutes a split.
+bench-demo: $(STAMP)
+	@$(BIN)/python -m benchmarks.demo
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

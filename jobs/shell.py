@@ -18,7 +18,7 @@ Config = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override the files.", show_default=False),
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that override the files.", show_default=False),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's and MLflow's logs, and tracebacks.")]
 

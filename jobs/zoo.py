@@ -9,7 +9,12 @@ import typer
 
 from jobs.shell import main
 
-zoo = typer.Typer(help="List or check the teachers of a zoo.", no_args_is_help=True, pretty_exceptions_enable=False)
+zoo = typer.Typer(
+    help="List or check the teachers of a zoo.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 File = Annotated[Path, typer.Argument(help="The zoo file (YAML).", show_default=False)]
 Trusted = Annotated[

@@ -41,7 +41,7 @@ def images(per_class: int, seed: int, classes: tuple[int, ...] = (0, 1, 2, 3)) -
 
 
 def train_teacher(classes: tuple[int, ...], seed: int, steps: int = 150) -> nn.Module:
-    """An MLP that tells some of the shapes apart; with no steps one that knows nothing."""
+    """An MLP that tells some of the shapes apart; untrained with 0 steps, and with -1 one that sees nothing at all."""
     torch.manual_seed(seed)
     net = mlp(len(classes), in_channels=1, width=32, grid=SIDE)
     pixels, labels = images(120, seed=1000 + seed, classes=classes)
@@ -53,6 +53,9 @@ def train_teacher(classes: tuple[int, ...], seed: int, steps: int = 150) -> nn.M
         optimiser.zero_grad()
         nn.functional.cross_entropy(net(inputs[rows]), targets[rows]).backward()
         optimiser.step()
+    if steps < 0:
+        for parameter in net.parameters():
+            nn.init.zeros_(parameter)
     return net.eval()
 
 
@@ -61,6 +64,7 @@ TEACHERS: dict[str, tuple[tuple[int, ...], int]] = {
     "solid": ((2, 3), 150),
     "mixed": ((1, 2, 3), 150),
     "untrained": ((0, 1, 2, 3), 0),
+    "blind": ((0, 1), -1),
 }
 
 

@@ -16,6 +16,8 @@ from pipeline.stages.assess import load_bridge, resolvers, teacher_folder
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.ingest import table_path
 
+_NONE = "none"
+
 
 @dataclass(frozen=True)
 class TeachPayload:
@@ -43,20 +45,15 @@ class Amalgamate:
 
     def run(self, run: Run, folder: Path) -> Outcome:
         """Run the faculty, and the best single teacher for comparison, over the training images; assign."""
-        choice = chosen(run)
-        names = list(choice["chosen"])
-        single = choice["best_single"]
-        speak(run, [*names, *([single] if single and single not in names else [])])
-        if single and names != [single]:
-            teach(run, [single], folder / "single")
+        names = chosen(run)["chosen"]
         if not names:
-            return Outcome(digest="none", summary={"shares": {}})
+            return Outcome(digest=_NONE, summary={"shares": {}})
+        speak(run, names)
         digest = teach(run, names, folder)
+        run.tracker.artifact(folder / "assignments.parquet")
         from pipeline.engine.teaching import Teaching
 
-        shares = Teaching.open(folder).shares()
-        run.tracker.artifact(folder / "assignments.parquet")
-        return Outcome(digest=digest, summary={"shares": shares})
+        return Outcome(digest=digest, summary={"shares": Teaching.open(folder).shares()})
 
 
 def chosen(run: Run) -> dict[str, Any]:
@@ -67,17 +64,23 @@ def chosen(run: Run) -> dict[str, Any]:
 def teaching_of(run: Run) -> tuple[Path | None, str]:
     """Return where the faculty's say lies and its digest; (None, "") when no teacher was chosen."""
     digest = run.records["amalgamate"].digest
-    return (None, "") if digest == "none" else (run.folder("amalgamate"), digest)
+    return (None, "") if digest == _NONE else (run.folder("amalgamate"), digest)
 
 
 def single_teaching(run: Run) -> tuple[str, Path, str] | None:
-    """Return the best single teacher, where its say lies and the digest; None when it is the whole faculty."""
-    folder = run.folder("amalgamate") / "single"
-    if not folder.is_dir():
-        return None
-    from pipeline.engine.teaching import Teaching
+    """Let the best single teacher teach alone, as a control; None when it is the whole faculty.
 
-    return chosen(run)["best_single"], folder, Teaching.open(folder).digest
+    Returns
+    -------
+    name, folder, digest
+    """
+    choice = chosen(run)
+    name = choice["best_single"]
+    if name is None or choice["chosen"] == [name]:
+        return None
+    speak(run, [name])
+    folder = run.part("alone", name, {"spoken": spoken(run, name).name})
+    return name, folder, teach(run, [name], folder)
 
 
 def speak(run: Run, names: Sequence[str]) -> None:

@@ -98,7 +98,9 @@ def _contenders(run: Run) -> list[Contender]:
         found.append(Contender("no_teacher", "no teacher", arms))
     if "best_single" in settings.evaluate.controls:
         single = single_teaching(run)
-        if single is not None:
+        if single is None:
+            run.display.note("the best single teacher is the whole faculty, or there is none: no control of its own")
+        else:
             name, folder, digest = single
             arms = tuple(training.arm(run, "best_single", settings.seed + seed, folder, digest) for seed in seeds)
             found.append(Contender("best_single", f"the best single teacher ({name})", arms))

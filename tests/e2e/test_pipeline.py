@@ -67,21 +67,21 @@ def test_the_output_is_ours_alone(finished: subprocess.CompletedProcess[str]) ->
 
 def test_every_teacher_has_a_row_and_the_broken_one_its_error(world: Path, finished) -> None:
     rows = {row["teacher"]: row for row in pq.read_table(artefact(world, "assess", "assessment.parquet")).to_pylist()}
-    assert set(rows) == {"flat", "solid", "mixed", "untrained", "broken"}
+    assert set(rows) == {"flat", "solid", "mixed", "untrained", "blind", "broken"}
     assert "`classes` names 3" in rows["broken"]["error"]
-    for name in ("flat", "solid", "mixed", "untrained"):
+    for name in ("flat", "solid", "mixed", "untrained", "blind"):
         row = rows[name]
         assert row["error"] is None
         assert 0 <= row["transport_cost"] <= 1
         assert 0 <= row["knn"] <= 1
         assert row["seconds"] > 0
         assert row["peak_mb"] > 0
-    assert rows["mixed"]["bridge_gain"] > rows["untrained"]["bridge_gain"]
+    assert rows["mixed"]["bridge_gain"] > rows["untrained"]["bridge_gain"] > rows["blind"]["bridge_gain"] == 0
 
 
 def test_the_choice_gives_a_reason_for_every_teacher(world: Path, finished) -> None:
     choice = json.loads(artefact(world, "select", "faculty.json").read_text())
-    assert set(choice["reasons"]) == {"flat", "solid", "mixed", "untrained", "broken"}
+    assert set(choice["reasons"]) == {"flat", "solid", "mixed", "untrained", "blind", "broken"}
     assert choice["chosen"]
     assert "broken" not in choice["chosen"]
 
@@ -148,7 +148,7 @@ def test_mlflow_holds_one_parent_with_stages_and_teachers(world: Path, finished)
     assert names.count("tiny") == 1
     assert {"assess", "select", "distill", "evaluate", "register"} <= set(names)
     teachers = [run for run in runs if run.info.run_name.startswith("teacher ")]
-    assert len(teachers) == 5
+    assert len(teachers) == 6
     assert {run.data.metrics.get("knn") is not None for run in teachers} == {True, False}
     parents = {run.data.tags["mlflow.parentRunId"] for run in teachers}
     assert parents == {next(run.info.run_id for run in runs if run.info.run_name == "assess")}
@@ -189,3 +189,34 @@ def test_another_teacher_is_assessed_alone(world: Path, finished, tmp_path: Path
     result = faculty("assess", "-c", copy / "run.yaml", timeout=120)
     assert result.returncode == 0, result.stderr
     assert "teachers 1/1" in result.stdout
+
+
+def without_tracking(world: Path, folder: Path, *overrides: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Run the finished world again in a copy, with other settings and nothing recorded."""
+    copy = folder / "world"
+    shutil.copytree(world, copy, ignore=shutil.ignore_patterns("mlartifacts", "mlflow.db"))
+    common = (f"run_dir={copy / 'run'}", "tracking.enabled=false", "register.enabled=false")
+    result = faculty("run", "-c", copy / "run.yaml", *common, "distill.resources.num_workers=0", *overrides)
+    return copy, result
+
+
+def test_when_no_teacher_helps_it_says_so_and_trains_on_the_labels(world: Path, finished, tmp_path: Path) -> None:
+    copy, result = without_tracking(world, tmp_path, "zoo.only=[blind]")
+    assert result.returncode == 0, result.stderr
+    assert "do not transfer" in result.stdout
+    choice = max((copy / "run" / "select").glob("*/faculty.json"), key=lambda path: path.stat().st_mtime_ns)
+    assert json.loads(choice.read_text())["chosen"] == []
+    evaluation = max((copy / "run" / "evaluate").glob("*/evaluation.json"), key=lambda path: path.stat().st_mtime_ns)
+    arms = json.loads(evaluation.read_text())["arms"]
+    former = json.loads(artefact(world, "evaluate", "evaluation.json").read_text())["arms"]
+    assert [arm["name"] for arm in arms] == ["student"]
+    assert (
+        arms[0]["accuracies"] == former[1]["accuracies"]
+    )  # the student is the former run's "no teacher", seed by seed
+
+
+def test_a_zoo_with_one_teacher_works(world: Path, finished, tmp_path: Path) -> None:
+    _, result = without_tracking(world, tmp_path, "zoo.only=[mixed]", "evaluate.controls=[no_teacher, best_single]")
+    assert result.returncode == 0, result.stderr
+    assert "faculty: mixed" in result.stdout
+    assert "the best single teacher is the whole faculty" in result.stdout

@@ -195,8 +195,8 @@ def test_only_trusted_modules_are_imported(tmp_path: Path, safetensors: Path, mo
 
 
 def test_a_trusted_module_lends_no_trust_to_what_it_imported(safetensors: Path) -> None:
-    bad = weights(safetensors, factory="pipeline.models.weights:lru_cache", kwargs={})
-    assert "no function or class of pipeline.models.weights" in problem(bad)
+    bad = weights(safetensors, factory="pipeline.models.files:lru_cache", kwargs={})
+    assert "no function or class of pipeline.models.files" in problem(bad)
 
 
 def test_the_suffix_tells_the_type(safetensors: Path) -> None:

@@ -36,6 +36,15 @@ class Display:
         yield
         self.console.print(f"  [dim]{name}: {time.perf_counter() - started:.1f} s[/dim]")
 
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Show that something without countable steps is going on; only on a terminal."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with self.console.status(f"  {what}"):
+            yield
+
     def fresh(self, name: str, finished: str) -> None:
         """Say that a stage's result is reused."""
         self.console.print(f"[bold]{name}[/bold] [dim]unchanged since {finished}[/dim]")

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import AmalgamateSettings
 from pipeline.errors import StageError
-from pipeline.models.spec import TeacherSpec
 from pipeline.stages.artefacts import digest_of
-from pipeline.stages.assess import load_bridge, resolvers, teacher_folder
+from pipeline.stages.assess import TeacherJob, load_bridge, teacher_folder
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.ingest import table_path
 
@@ -20,16 +18,12 @@ _NONE = "none"
 
 
 @dataclass(frozen=True)
-class TeachPayload:
+class SpeakPayload:
     """What travels to the worker that runs a teacher over the training images."""
 
-    teacher: TeacherSpec
-    table: str
+    job: TeacherJob
     bridge: str
-    folder: str
-    settings: AmalgamateSettings
-    trusted_factories: tuple[str, ...]
-    tracking_uri: str | None
+    batch_size: int
 
 
 class Amalgamate:
@@ -96,15 +90,7 @@ def speak(run: Run, names: Sequence[str]) -> None:
         return
     settings = run.settings.amalgamate
     payloads = [
-        TeachPayload(
-            teacher=run.zoo[name],
-            table=str(table_path(run)),
-            bridge=str(teacher_folder(run, name)),
-            folder=str(spoken(run, name)),
-            settings=settings,
-            trusted_factories=run.settings.zoo.trusted_factories,
-            tracking_uri=run.tracking_uri,
-        )
+        SpeakPayload(TeacherJob.of(run, name, spoken(run, name)), str(teacher_folder(run, name)), settings.batch_size)
         for name in missing
     ]
     from pipeline.cluster.tasks import map_tasks
@@ -129,30 +115,20 @@ def spoken(run: Run, name: str) -> Path:
     return run.part("spoken", name, {"assessed": teacher_folder(run, name).name})
 
 
-def speak_one(payload: TeachPayload) -> None:
+def speak_one(payload: SpeakPayload) -> None:
     """Run one teacher over the training images; on a worker.
 
     Stores p over its label space (N, L) and what that stands for among the task's classes (N, C_s), in half precision.
     """
-    from safetensors.torch import save_file
-
     from pipeline.data.table import ImageTable
     from pipeline.engine.arms import TAUGHT
-    from pipeline.models.sources import load_teacher
     from pipeline.models.teacher import predict
 
-    teacher = load_teacher(
-        payload.teacher, trusted_factories=payload.trusted_factories, resolvers=resolvers(payload.tracking_uri)
-    )
-    split = ImageTable.open(payload.table).split(*TAUGHT)
+    split = ImageTable.open(payload.job.table).split(*TAUGHT)
     bridge = load_bridge(Path(payload.bridge))
-    output = predict(teacher, split.batches(payload.settings.batch_size))
+    output = predict(payload.job.load(), split.batches(payload.batch_size))
     p = bridge.distribution(output.logits, output.features)
-    folder = Path(payload.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"p": p.half().contiguous(), "carried": bridge.carry(p).half().contiguous()}
-    save_file(tensors, folder / ".spoken.safetensors")
-    (folder / ".spoken.safetensors").replace(folder / "spoken.safetensors")
+    payload.job.save("spoken.safetensors", {"p": p.half(), "carried": bridge.carry(p).half()})
 
 
 def teach(run: Run, names: Sequence[str], folder: Path) -> str:

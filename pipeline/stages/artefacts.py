@@ -2,7 +2,7 @@
 
 Layout::
 
-    <run_dir>/run.json                     format version
+    <run_dir>/run.json                     format version, identity
     <run_dir>/settings.yaml                the latest resolved settings
     <run_dir>/<stage>/<key>/stage.json     written last: the stage is finished
     <run_dir>/<stage>/<key>/…              its artefacts
@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.tracking.redact import redact
 
 RUN_FORMAT = 1
 
@@ -87,7 +89,7 @@ class RunFolder:
             if not os.access(self.root, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied")
             if not marker.exists():
-                write_json(marker, {"format": RUN_FORMAT})
+                write_json(marker, {"format": RUN_FORMAT, "id": uuid.uuid4().hex})
         except OSError as error:
             raise UserError(
                 f"run_dir {self.root}: can't be written ({error.strerror}); choose another run_dir or free it"
@@ -100,13 +102,21 @@ class RunFolder:
         if not marker.exists():
             return
         try:
-            found = json.loads(marker.read_text(encoding="utf-8"))["format"]
+            found = self._marker()["format"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{marker}: is not a run marker; choose another run_dir") from None
         if found != RUN_FORMAT:
             raise UserError(
                 f"{marker}: run folder of format {found}, this version reads {RUN_FORMAT}; choose another run_dir"
             )
+
+    @property
+    def identity(self) -> str:
+        """What tells this run from every other one, on whatever machine: tracked runs are continued by it."""
+        return str(self._marker()["id"])
+
+    def _marker(self) -> dict[str, Any]:
+        return json.loads((self.root / "run.json").read_text(encoding="utf-8"))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -162,9 +172,9 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_yaml(path: Path, data: Any) -> None:
-    """Write a YAML file whole or not at all."""
-    write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+def write_settings(path: Path, data: Any) -> None:
+    """Write settings as YAML, whole or not at all, and without the credentials that a URI may hold."""
+    write_text(path, redact(yaml.safe_dump(data, sort_keys=False, allow_unicode=True)))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import AssessSettings
 from pipeline.errors import FacultyError, StageError
@@ -15,19 +15,60 @@ from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.ingest import table_path
 
+if TYPE_CHECKING:
+    from pipeline.models.teacher import Teacher
+
 SCORES = ("transport_cost", "transport_gain", "bridge_gain", "knn", "leep")
 
 
 @dataclass(frozen=True)
-class AssessPayload:
-    """What travels to the worker that assesses a teacher: references, never weights."""
+class TeacherJob:
+    """What travels to a worker that runs a teacher over images: references, never weights.
+
+    Attributes
+    ----------
+    teacher : TeacherSpec
+    table : str
+        The image table.
+    folder : str
+        Where the result goes.
+    trusted_factories : tuple of str
+    tracking_uri : str or None
+        Where teachers from an MLflow registry are.
+    """
 
     teacher: TeacherSpec
     table: str
     folder: str
-    settings: AssessSettings
     trusted_factories: tuple[str, ...]
     tracking_uri: str | None
+
+    @classmethod
+    def of(cls, run: Run, name: str, folder: Path) -> TeacherJob:
+        """Describe the job of one teacher of the run's zoo."""
+        return cls(
+            run.zoo[name], str(table_path(run)), str(folder), run.settings.zoo.trusted_factories, run.tracking_uri
+        )
+
+    def load(self) -> Teacher:
+        """Load the teacher; on the worker."""
+        from pipeline.models.sources import load_teacher
+
+        def from_mlflow(uri: str) -> Any:
+            from pipeline.tracking.resolve import load_mlflow_module
+
+            return load_mlflow_module(uri, self.tracking_uri)
+
+        return load_teacher(self.teacher, trusted_factories=self.trusted_factories, resolvers={"mlflow": from_mlflow})
+
+    def save(self, name: str, tensors: dict[str, Any]) -> None:
+        """Write the result, whole or not at all; on the worker."""
+        from safetensors.torch import save_file
+
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f".{name}")
+        (folder / f".{name}").replace(folder / name)
 
 
 class Assess:
@@ -75,20 +116,8 @@ class Assess:
         from pipeline.cluster.trials import TrialItem, run_trials
 
         settings, rows = run.settings.assess, {}
-        items = [
-            TrialItem(
-                name,
-                AssessPayload(
-                    teacher=run.zoo[name],
-                    table=str(table_path(run)),
-                    folder=str(homes[name]),
-                    settings=settings,
-                    trusted_factories=run.settings.zoo.trusted_factories,
-                    tracking_uri=run.tracking_uri,
-                ),
-            )
-            for name in names
-        ]
+        items = [TrialItem(name, (TeacherJob.of(run, name, homes[name]), settings)) for name in names]
+        run.open_cluster()
         with run.display.bar("teachers", len(names)) as advance:
 
             def keep(name: str, result: dict[str, Any]) -> None:
@@ -99,7 +128,6 @@ class Assess:
                 _track(run, row)
                 advance(1, name)
 
-            run.open_cluster()
             run_trials(
                 assess_teacher,
                 items,
@@ -136,26 +164,20 @@ def read_row(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def assess_teacher(payload: AssessPayload) -> dict[str, Any]:
+def assess_teacher(payload: tuple[TeacherJob, AssessSettings]) -> dict[str, Any]:
     """Score one teacher; runs on a worker.
 
     The bridge is fitted on the labelled training images, the scores are taken on the probe, and what the teacher says
     of probe and validation images, carried to the task's classes, is stored for the choice of the set.
     """
-    from safetensors.torch import save_file
-
     from pipeline.assessment.scores import knn, leep
     from pipeline.data.table import ImageTable
-    from pipeline.models.sources import load_teacher
     from pipeline.models.teacher import predict
     from pipeline.transport.bridge import fit_bridge
     from pipeline.transport.cost import transport_cost, transport_gain
 
-    settings = payload.settings
-    teacher = load_teacher(
-        payload.teacher, trusted_factories=payload.trusted_factories, resolvers=resolvers(payload.tracking_uri)
-    )
-    table = ImageTable.open(payload.table)
+    job, settings = payload
+    teacher, table = job.load(), ImageTable.open(job.table)
     splits = {name: table.split(name) for name in ("train_labelled", "probe", "validation")}
     outputs = {name: predict(teacher, split.batches(settings.batch_size)) for name, split in splits.items()}
     fitted, probe, labels = outputs["train_labelled"], outputs["probe"], splits["probe"].labels
@@ -184,14 +206,11 @@ def assess_teacher(payload: AssessPayload) -> dict[str, Any]:
         p = prototype.distribution(probe.logits, probe.features)
         row["transport_cost"] = float(transport_cost(p, labels, prototype.M).mean())
         row["transport_gain"] = transport_gain(p, labels, prototype.M)
-    tensors = {f"bridge.{name}": value.contiguous() for name, value in bridge.state().items()}
+    tensors = {f"bridge.{name}": value for name, value in bridge.state().items()}
     for name in ("probe", "validation"):
         p = bridge.distribution(outputs[name].logits, outputs[name].features)
-        tensors[name] = bridge.carry(p).contiguous()
-    folder = Path(payload.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / ".bridge.safetensors")
-    (folder / ".bridge.safetensors").replace(folder / "bridge.safetensors")
+        tensors[name] = bridge.carry(p)
+    job.save("bridge.safetensors", tensors)
     return row
 
 
@@ -210,17 +229,6 @@ def carried(run: Run, name: str, split: str) -> Any:
     from safetensors.torch import load_file
 
     return load_file(teacher_folder(run, name) / "bridge.safetensors")[split]
-
-
-def resolvers(tracking_uri: str | None) -> dict[str, Any]:
-    """Return how `load_teacher` reaches teachers in an MLflow registry."""
-
-    def from_mlflow(uri: str) -> Any:
-        from pipeline.tracking.resolve import load_mlflow_module
-
-        return load_mlflow_module(uri, tracking_uri)
-
-    return {"mlflow": from_mlflow}
 
 
 def _schema() -> Any:

@@ -90,9 +90,11 @@ class Run:
         from pipeline.tracking.connect import open_tracker
 
         settings = self.settings
-        self.tracker = self._exits.enter_context(
-            open_tracker(settings.tracking, self.files.root, key=str(self.files.root), name=settings.name)
-        )
+        with self.display.working("opening the tracking store"):
+            opened = open_tracker(
+                settings.tracking, self.files.root, key=self.files.identity, name=settings.name, verbose=self.verbose
+            )
+            self.tracker = self._exits.enter_context(opened)
         self._open.add("tracker")
 
     def open_cluster(self) -> None:
@@ -101,7 +103,8 @@ class Run:
             return
         from pipeline.cluster.session import session
 
-        self._exits.enter_context(session(self.settings.cluster, verbose=self.verbose))
+        with self.display.working("starting Ray" if self.settings.cluster.local else "joining the cluster"):
+            self._exits.enter_context(session(self.settings.cluster, verbose=self.verbose))
         self._open.add("cluster")
 
     @property

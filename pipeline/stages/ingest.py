@@ -40,9 +40,10 @@ class Ingest:
         from pipeline.data.ingest import build_table
 
         task = run.settings.task
-        report = build_table(
-            task.source, task.image, task.splits, run.settings.seed, folder, test_source=task.test_source
-        )
+        with run.display.working("reading images"):
+            report = build_table(
+                task.source, task.image, task.splits, run.settings.seed, folder, test_source=task.test_source
+            )
         details = asdict(report) | {"path": str(Path(report.path).relative_to(folder))}
         write_json(folder / "ingest.json", details)
         run.tracker.artifact(folder / "ingest.json")

@@ -42,17 +42,18 @@ class Register:
         lineage = _lineage(run)
         card = model_card(run, lineage)
         write_text(folder / "model_card.md", card)
-        found = register_student(
-            run.tracker,
-            student=student,
-            example=table.split("validation").images(slice(0, _EXAMPLE)).numpy(),
-            classes=table.classes,
-            name=settings.name,
-            alias=settings.alias,
-            tags={"data.fingerprint": table.fingerprint, "run": run.settings.name},
-            metadata=lineage,
-            model_card=card,
-        )
+        with run.display.working("exporting and registering"):
+            found = register_student(
+                run.tracker,
+                student=student,
+                example=table.split("validation").images(slice(0, _EXAMPLE)).numpy(),
+                classes=table.classes,
+                name=settings.name,
+                alias=settings.alias,
+                tags={"data.fingerprint": table.fingerprint, "run": run.settings.name},
+                metadata=lineage,
+                model_card=card,
+            )
         details = {"name": found.name, "version": found.version, "alias": found.alias, "uri": found.uri}
         write_json(folder / "registered.json", details | {"lineage": lineage})
         return Outcome(digest=digest_of(details), summary={**details, "created": found.created})

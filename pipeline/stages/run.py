@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Settings
+from pipeline.errors import ConfigError
 from pipeline.report.console import Display
 from pipeline.stages import tables
 from pipeline.stages.amalgamate import Amalgamate
-from pipeline.stages.artefacts import Record, RunFolder, Status, clock, flatten, key_of, write_yaml
+from pipeline.stages.artefacts import Record, RunFolder, Status, clock, flatten, key_of, write_settings
 from pipeline.stages.assess import Assess
 from pipeline.stages.base import Run, Stage
 from pipeline.stages.distill import Distill
@@ -19,6 +20,9 @@ from pipeline.stages.evaluate import Evaluate
 from pipeline.stages.ingest import Ingest
 from pipeline.stages.register import Register
 from pipeline.stages.select import Select
+
+if TYPE_CHECKING:
+    from pipeline.models.zoo import Zoo
 
 STAGES: tuple[Stage, ...] = (Ingest(), Assess(), Select(), Amalgamate(), Distill(), Evaluate(), Register())
 
@@ -41,17 +45,12 @@ def run_pipeline(
     StageError
         If a stage fails; the results of the former stages stay, and the same call continues.
     """
-    display = display or Display()
-    from pipeline.models.zoo import load_zoo
-
-    zoo = load_zoo(settings.zoo.path)
-    if settings.zoo.only is not None:
-        zoo = zoo.only(settings.zoo.only)
-    files = RunFolder(settings.run_dir)
+    display, zoo, files = display or Display(), _zoo(settings), RunFolder(settings.run_dir)
+    wanted = [stage for stage in STAGES[: 1 + _position(until)] if _enabled(stage, settings)]
+    _check_registry(settings, wanted, files)
     files.prepare()
     with files.lock():
-        write_yaml(files.root / "settings.yaml", settings.dump())
-        wanted = [stage for stage in STAGES[: 1 + _position(until)] if _enabled(stage, settings)]
+        write_settings(files.root / "settings.yaml", settings.dump())
         run = Run(settings=settings, files=files, display=display, zoo=zoo, until=until, verbose=verbose)
         with run:
             _run_stages(run, wanted)
@@ -61,13 +60,7 @@ def run_pipeline(
 
 def show_status(settings: Settings, *, until: str = "register", display: Display | None = None) -> list[Status]:
     """Print where each stage stands: fresh, partial, stale (and what changed), missing, or waiting."""
-    display = display or Display()
-    from pipeline.models.zoo import load_zoo
-
-    zoo = load_zoo(settings.zoo.path)
-    if settings.zoo.only is not None:
-        zoo = zoo.only(settings.zoo.only)
-    files = RunFolder(settings.run_dir)
+    display, zoo, files = display or Display(), _zoo(settings), RunFolder(settings.run_dir)
     files.check()
     run = Run(settings=settings, files=files, display=display, zoo=zoo)
     found: list[Status] = []
@@ -92,6 +85,25 @@ def show_status(settings: Settings, *, until: str = "register", display: Display
     return found
 
 
+def _check_registry(settings: Settings, wanted: list[Stage], files: RunFolder) -> None:
+    """Refuse a run that would only find at its end that there is no registry to put the student in."""
+    from pipeline.tracking.connect import find_store
+
+    store = find_store(settings.tracking, files.root)
+    if any(stage.name == "register" for stage in wanted) and store.kind in ("none", "jsonl"):
+        raise ConfigError(
+            "register.enabled: there is no model registry without MLflow; set register.enabled=false, or "
+            "tracking.enabled=true and tracking.uri to MLflow's"
+        )
+
+
+def _zoo(settings: Settings) -> Zoo:
+    from pipeline.models.zoo import load_zoo
+
+    zoo = load_zoo(settings.zoo.path)
+    return zoo if settings.zoo.only is None else zoo.only(settings.zoo.only)
+
+
 def _run_stages(run: Run, wanted: list[Stage]) -> None:
     for stage in wanted:
         inputs = _inputs(stage, run)
@@ -111,7 +123,7 @@ def _run_stage(run: Run, stage: Stage, key: str, inputs: Mapping[str, Any]) -> R
     run.open_tracker()
     folder = run.files.folder(stage.name, key)
     folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(folder / "settings.yaml", run.settings.dump())
+    write_settings(folder / "settings.yaml", run.settings.dump())
     started = time.perf_counter()
     with run.tracker.run(stage.name, key=f"{stage.name}-{key}", tags={"stage": stage.name, "key": key}) as tracker:
         tracker.params({name: value for name, value in inputs.items() if not name.startswith("teachers.")})

@@ -66,6 +66,8 @@ def train(run: Run, arms: Sequence[Arm], title: str) -> None:
     )
     titles = [item.name.rpartition("-")[0] for item in missing]  # without the key
     seen = {"done": 0}
+    if workers.num_workers:
+        run.open_cluster()
     with run.display.bar(title, len(missing) * settings.loop.epochs) as advance:
 
         def on_report(metrics: dict[str, Any]) -> None:
@@ -78,8 +80,6 @@ def train(run: Run, arms: Sequence[Arm], title: str) -> None:
             prefix = "" if len(missing) == 1 else f"{titles[number]}/"
             run.tracker.metrics({f"{prefix}{key}": value for key, value in numbers.items()}, step=epoch)
 
-        if workers.num_workers:
-            run.open_cluster()
         fit(
             train_arms,
             payload,

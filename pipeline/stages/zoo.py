@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 
 from pipeline.report.console import Display
-from pipeline.stages.assess import resolvers
 from pipeline.stages.tables import table
 
 
@@ -38,7 +38,7 @@ def check_zoo(path: Path, trusted: tuple[str, ...] = (), display: Display | None
     broken = 0
     with display.bar("teachers", len(zoo)) as advance:
         for name in zoo.names:
-            check = check_teacher(zoo[name], trusted_factories=trusted, resolvers=resolvers(None))
+            check = check_teacher(zoo[name], trusted_factories=trusted, resolvers={"mlflow": _from_mlflow})
             broken += not check.ok
             numbers = [
                 "-" if value is None else format(value, form)
@@ -57,6 +57,12 @@ def check_zoo(path: Path, trusted: tuple[str, ...] = (), display: Display | None
     display.table(found)
     display.note(f"{len(zoo) - broken} of {len(zoo)} teachers can teach")
     return 2 if broken else 0
+
+
+def _from_mlflow(uri: str) -> Any:
+    from pipeline.tracking.resolve import load_mlflow_module
+
+    return load_mlflow_module(uri)
 
 
 def _short(text: str, limit: int = 60) -> str:

@@ -195,6 +195,14 @@ def test_a_tracking_server_that_never_answers(cli, world: Path) -> None:
     assert uri in one_line(err)
 
 
+@pytest.mark.parametrize("tracking", ["tracking.enabled=false", "tracking.uri=jsonl"])
+def test_a_registration_without_a_registry_is_refused_at_the_start(cli, world: Path, tracking: str) -> None:
+    code, _, err = cli("run", "-c", world, tracking)
+    assert code == 2
+    assert "register.enabled=false" in one_line(err)
+    assert not (world.parent / "run").exists()
+
+
 def test_what_was_done_before_stays_intact(cli, world: Path) -> None:
     assert cli("ingest", "-c", world)[0] == 0
     table = next((world.parent / "run" / "ingest").glob("*/images.arrow"))

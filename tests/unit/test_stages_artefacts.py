@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.stages.artefacts import Record, RunFolder, digest_of, flatten, key_of, write_json
+from pipeline.stages.artefacts import Record, RunFolder, digest_of, flatten, key_of, write_json, write_settings
 
 
 def record(stage: str, key: str, inputs: dict, finished: float = 1.0) -> Record:
@@ -103,3 +103,19 @@ def test_write_json_leaves_the_former_file_when_it_fails(tmp_path: Path) -> None
 def test_flatten_and_digest() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
     assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
+
+
+def test_a_run_keeps_its_identity_and_shares_it_with_no_other(files: RunFolder, tmp_path: Path) -> None:
+    identity = files.identity
+    files.prepare()
+    assert files.identity == identity
+    other = RunFolder(tmp_path / "other")
+    other.prepare()
+    assert other.identity != identity
+
+
+def test_settings_are_written_without_credentials(tmp_path: Path) -> None:
+    write_settings(tmp_path / "s.yaml", {"tracking": {"uri": "https://user:sentinel@host/x"}})
+    text = (tmp_path / "s.yaml").read_text()
+    assert "sentinel" not in text
+    assert "host/x" in text

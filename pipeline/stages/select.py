@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,5 +101,5 @@ def _describe(found: Selection, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _reason(place: int | None, verdict: Verdict) -> str:
-    gain = "" if math.isnan(verdict.gain) else f" ({verdict.gain:+.3f}, confidence {verdict.confidence:.2f})"
-    return f"{place + 1}. choice{gain}" if place is not None else f"{verdict.reason}{gain}"
+    gain = f"{verdict.gain:+.3f} ({verdict.confidence:.0%} sure)"
+    return f"{place + 1}. choice, {gain}" if place is not None else f"{verdict.reason}, {gain}"

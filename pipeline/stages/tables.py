@@ -116,13 +116,13 @@ def _distill(run: Run) -> None:
     summary = run.records["distill"].summary
     run.display.note(
         f"student: {summary['parameters']:,} parameters, {summary['epochs']} epochs, "
-        f"validation accuracy {summary['validation_accuracy']:.3f}"
+        f"validation accuracy {100 * summary['validation_accuracy']:.1f} %"
     )
 
 
 def _evaluate(run: Run) -> None:
     found = _read(run.folder("evaluate") / "evaluation.json")
-    shown = table("student taught by", "seeds", "test accuracy", "ECE", "difference", "± 2 SE")
+    shown = table("student taught by", "seeds", "test accuracy, %", "ECE", "difference, points", "± 2 SE")
     for column in shown.columns[1:]:
         column.justify = "right"
     for arm in found["arms"]:
@@ -130,10 +130,10 @@ def _evaluate(run: Run) -> None:
         shown.add_row(
             escape(arm["title"]),
             str(len(arm["accuracies"])),
-            f"{arm['mean']:.3f} ± {arm['std']:.3f}" if len(arm["accuracies"]) > 1 else f"{arm['mean']:.3f}",
+            f"{100 * arm['mean']:.1f}" + (f" ± {100 * arm['std']:.1f}" if len(arm["accuracies"]) > 1 else ""),
             f"{arm['ece']:.3f}",
-            "" if difference is None else f"{difference:+.3f}",
-            "" if error is None else f"{error:.3f}",
+            "" if difference is None else f"{100 * difference:+.1f}",
+            "" if error is None else f"{100 * error:.1f}",
         )
     run.display.table(shown)
     run.display.note(found["verdict"])

@@ -6,7 +6,7 @@ UV_VERSION := 0.13.8
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# torch and numpy start a thread pool each in every worker process; the workers share the cores themselves.
+# Output appears as it is written, also when it goes to a file.
 export PYTHONUNBUFFERED := 1
 
 setup: $(STAMP)

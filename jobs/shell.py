@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import FacultyError
+from pipeline.errors import FacultyError, Interrupted
+from pipeline.tracking.redact import redact
 
 Config = Annotated[
     list[Path] | None,
@@ -34,10 +36,13 @@ def execute(
     settings = load_settings(config or [], overrides or [])
     from pipeline.stages.run import run_pipeline, show_status
 
-    if status:
-        show_status(settings, until=until)
-    else:
-        run_pipeline(settings, until=until, verbose=verbose)
+    try:
+        if status:
+            show_status(settings, until=until)
+        else:
+            run_pipeline(settings, until=until, verbose=verbose)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command continues where it stopped") from None
 
 
 def main(command: Callable[..., Any] | typer.Typer) -> None:
@@ -46,14 +51,10 @@ def main(command: Callable[..., Any] | typer.Typer) -> None:
     try:
         app()
     except FacultyError as error:
-        if os.environ.get("FACULTY_VERBOSE"):
-            raise
+        _trace()
         _end(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _end("interrupted; the same command continues where it stopped", 130)
     except Exception as error:
-        if os.environ.get("FACULTY_VERBOSE"):
-            raise
+        _trace()
         text = " ".join(str(error).split()) or "no message"
         _end(f"{type(error).__name__}: {text[:500]} (run again with -v for the traceback)", 1)
 
@@ -64,7 +65,12 @@ def _alone(command: Callable[..., Any]) -> typer.Typer:
     return app
 
 
+def _trace() -> None:
+    if os.environ.get("FACULTY_VERBOSE"):
+        traceback.print_exc()
+
+
 def _end(message: str, code: int) -> None:
-    for line in message.splitlines():
+    for line in redact(message).splitlines():
         print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

@@ -7,7 +7,6 @@ The embedded defaults are the default recipe. Paths in a file (keys `path` and `
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -124,7 +123,6 @@ class EvaluateSettings(StrictModel):
 
     seeds: int = Field(1, ge=1, description="trainings of every arm, the student's included")
     controls: tuple[Literal["no_teacher", "best_single"], ...] = ("no_teacher",)
-    batch_size: int = Field(512, ge=1)
 
 
 class Settings(StrictModel):
@@ -153,6 +151,8 @@ class Settings(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
+        if "://" in self.run_dir:
+            raise ValueError(f"run_dir {self.run_dir} is a URI; a run folder must be a path that every worker sees")
         workers = max(self.distill.resources.num_workers, 1)
         loop = self.distill.loop
         for field in ("batch_size", "labelled_batch"):
@@ -276,10 +276,3 @@ def _absolute_paths(data: Any, base: Path) -> Any:
     if isinstance(data, list):
         return [_absolute_paths(value, base) for value in data]
     return data
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a hint that names the most similar of `names`, or lists them."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"

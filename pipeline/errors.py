@@ -27,3 +27,9 @@ class TeacherError(UserError):
 
 class StageError(FacultyError):
     """A stage that failed while it ran; what earlier stages produced is intact."""
+
+
+class Interrupted(FacultyError):
+    """The user stopped the run; the process ends with exit code 130."""
+
+    exit_code = 130

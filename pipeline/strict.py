@@ -44,18 +44,21 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    loader.flatten_mapping(node)
-    result: dict[Hashable, Any] = {}
-    for key_node, value_node in node.value:
+    seen: set[Hashable] = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
-        if key in result:
+        if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"duplicate key {key!r}; keep one of the two", key_node.start_mark
             )
-        result[key] = loader.construct_object(value_node, deep=True)
-    return result
+        seen.add(key)
+    loader.flatten_mapping(node)  # puts what `<<` merges in before the mapping's own keys, which win
+    pairs = [(loader.construct_object(key, deep=True), value) for key, value in node.value]
+    return {key: loader.construct_object(value, deep=True) for key, value in pairs}
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -129,10 +132,9 @@ def _explain(model: Any, item: Any) -> str:
             current = tagged[0]
             continue
         names.append(str(part))
-        fields = sorted({key for option in options for key in option.model_fields})
-        current = next((o.model_fields[part].annotation for o in options if part in o.model_fields), None) or (
-            _item_type(current)
-        )
+        known = {field.alias or key: field for option in options for key, field in option.model_fields.items()}
+        fields = sorted(known)
+        current = known[part].annotation if part in known else _item_type(current)
     path = ".".join(names) or "(top level)"
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], fields or [], n=1, cutoff=0.5)

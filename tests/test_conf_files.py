@@ -1,5 +1,6 @@
 """Every settings file in conf/ is valid and names files that are there."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_the_image_and_the_lock_hold_the_same_ray() -> None:
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     ray = next(line for line in lock.splitlines() if line.startswith("ray==")).split("==")[1].split()[0]
     assert f"RAY_VERSION={ray}" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_the_readme_s_examples_are_valid(tmp_path: Path) -> None:
+    from pipeline.models.zoo import load_zoo
+
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    named = {re.search(r"# ([\w.]+)", block)[1]: block for block in blocks}
+    for name, block in named.items():
+        (tmp_path / name).write_text(block, encoding="utf-8")
+    settings = load_settings([tmp_path / "run.yaml"])
+    assert settings.zoo.path == str(tmp_path / "zoo.yaml")
+    assert load_zoo(settings.zoo.path).names
+    assert load_settings([tmp_path / "run.yaml", CONF / "cluster" / "gpu.yaml"], ["distill.loop.epochs=60"])
 
 
 def test_yaml_files_say_what_they_are_for() -> None:

@@ -1,11 +1,11 @@
-"""The same work without a cluster: training and tasks in this process. Imports no ray."""
+"""Training without a cluster, in this process. Imports no ray."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.causes import one_line
 from pipeline.engine.checkpoint import KEPT, CheckpointStore
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from pipeline.engine.context import WorkerContext
 
     Loop = Callable[[WorkerContext, Any], None]
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -66,27 +63,3 @@ def fit_inline(
     newest = store.newest()
     metrics = context.last if context.last is not None else newest.metrics if newest else {}
     return FitOutcome(metrics, store.path(newest.name) if newest else None)
-
-
-def map_inline(
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    *,
-    resources: dict[str, float] | None = None,
-    max_concurrent: int | None = None,
-    max_failures: int = 0,
-    on_result: Callable[[int, Result | None, str | None], None] | None = None,
-) -> list[tuple[Result | None, str | None]]:
-    """Call the function on every item in turn; the parameters are those of :func:`pipeline.cluster.tasks.map_tasks`."""
-    results: list[tuple[Result | None, str | None]] = []
-    for index, item in enumerate(items):
-        value: Result | None = None
-        problem: str | None = None
-        try:
-            value = function(item)
-        except Exception as error:
-            problem = one_line(error)
-        results.append((value, problem))
-        if on_result is not None:
-            on_result(index, value, problem)
-    return results

@@ -54,7 +54,6 @@ _PROPAGATED = (
     "NCCL_DEBUG",
     "NCCL_SOCKET_IFNAME",
     "GLOO_SOCKET_IFNAME",
-    "MLFLOW_TRACKING_URI",
 )
 
 _active: ClusterSpec | None = None

@@ -88,11 +88,16 @@ class RayContext:
 
     @contextlib.contextmanager
     def restore(self) -> Iterator[Path | None]:
-        """Give the newest checkpoint, or None."""
-        if self._restored is None:
+        """Give the newest checkpoint at this worker's start, once; None afterwards, and where there is none.
+
+        A loop that trains one model after another restores the one that was interrupted. By the next one the checkpoint
+        has been replaced by newer ones.
+        """
+        restored, self._restored = self._restored, None
+        if restored is None:
             yield None
             return
-        with self._store.local(self._restored) as folder:
+        with self._store.local(restored) as folder:
             yield folder
 
     def barrier(self) -> None:

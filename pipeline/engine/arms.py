@@ -45,7 +45,7 @@ def train_arms(context: WorkerContext, payload: ArmsPayload) -> None:
     table = ImageTable.open(payload.table)
     labelled, taught = table.split(*LABELLED), table.split(*TAUGHT)
     for number, arm in enumerate(payload.arms):
-        if arm.done:
+        if _agreed(arm.done, context):
             continue
         torch.manual_seed(arm.seed)
         student = build_student(payload.student, len(table.classes), table.image_shape)
@@ -66,6 +66,15 @@ def train_arms(context: WorkerContext, payload: ArmsPayload) -> None:
         if context.rank == 0:
             _store(arm, student, table, history, context.device)
         context.barrier()
+
+
+def _agreed(done: bool, context: WorkerContext) -> bool:
+    """Return what rank 0 sees: on a shared disk the others may see an older state of it."""
+    if context.world_size == 1:
+        return done
+    seen = [done]
+    torch.distributed.broadcast_object_list(seen, src=0)
+    return seen[0]
 
 
 def _store(

@@ -91,8 +91,8 @@ def fit(
     done.
 
     Batches, augmentation and the schedule are pure functions of the seed and the step, and a checkpoint holds the
-    model, optimiser, schedule, RNG state of every rank and epoch: interrupted anywhere, training ends with the weights
-    of an uninterrupted run on the same number of ranks.
+    model, optimiser, schedule, CPU RNG state of every rank and epoch: interrupted anywhere, training ends with the
+    weights of an uninterrupted run on the same number of ranks (on a GPU only without dropout).
 
     Parameters
     ----------

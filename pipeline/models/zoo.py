@@ -68,6 +68,14 @@ class Zoo(Mapping[str, TeacherSpec]):
             raise ConfigError(f"{self.where}: `only` is empty; name at least one teacher, or leave it out")
         return Zoo((spec for name, spec in self._specs.items() if name in wanted), where=self.where)
 
+    def with_uris(self, uris: Mapping[str, str]) -> Zoo:
+        """Return the same zoo with other URIs for some of its registered teachers."""
+        changed = {
+            name: self[name].model_copy(update={"source": self[name].source.model_copy(update={"uri": uri})})
+            for name, uri in uris.items()
+        }
+        return Zoo((changed.get(name, spec) for name, spec in self._specs.items()), where=self.where)
+
     def fingerprint_of(self, name: str) -> str:
         """Return a hash of all that decides what a teacher answers: its spec and the content of its weight file.
 

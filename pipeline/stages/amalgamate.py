@@ -90,7 +90,11 @@ def speak(run: Run, names: Sequence[str]) -> None:
         return
     settings = run.settings.amalgamate
     payloads = [
-        SpeakPayload(TeacherJob.of(run, name, spoken(run, name)), str(teacher_folder(run, name)), settings.batch_size)
+        SpeakPayload(
+            TeacherJob.of(run, name, spoken(run, name), settings.resources),
+            str(teacher_folder(run, name)),
+            settings.batch_size,
+        )
         for name in missing
     ]
     from pipeline.cluster.tasks import map_tasks

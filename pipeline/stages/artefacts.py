@@ -49,6 +49,8 @@ class Record:
         Plain values to print.
     seconds, finished : float
         Wall time, and when it ended (seconds since the epoch).
+    again : str
+        Why it is to run again although nothing has changed; "" if it need not.
     """
 
     stage: str
@@ -58,6 +60,7 @@ class Record:
     summary: dict[str, Any]
     seconds: float
     finished: float
+    again: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,9 @@ class RunFolder:
         return self.root / stage / key
 
     def record(self, stage: str, key: str) -> Record | None:
-        """Return what a finished stage says of itself, or None."""
-        return _read_record(self.folder(stage, key) / "stage.json")
+        """Return what a finished stage says of itself; None if it is not finished, or is to run again."""
+        record = _read_record(self.folder(stage, key) / "stage.json")
+        return record if record is not None and not record.again else None
 
     def newest(self, stage: str) -> Record | None:
         """Return the record of the stage's latest finish, under whatever key."""
@@ -164,7 +168,8 @@ class RunFolder:
                 if partial
                 else Status(stage, "missing")
             )
-        return Status(stage, "stale", "; ".join(_changes(former.inputs, inputs)) or "its inputs changed")
+        why = "; ".join(_changes(former.inputs, inputs)) or former.again or "its inputs changed"
+        return Status(stage, "stale", why)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import AssessSettings
+from pipeline.config import AssessSettings, TrialResources
 from pipeline.errors import FacultyError, StageError
 from pipeline.models.spec import TeacherSpec
 from pipeline.stages.artefacts import digest_of, write_json
@@ -35,6 +35,8 @@ class TeacherJob:
     trusted_factories : tuple of str
     tracking_uri : str or None
         Where teachers from an MLflow registry are.
+    gpu : bool
+        Whether it has a GPU, or a share of one.
     """
 
     teacher: TeacherSpec
@@ -42,16 +44,24 @@ class TeacherJob:
     folder: str
     trusted_factories: tuple[str, ...]
     tracking_uri: str | None
+    gpu: bool
 
     @classmethod
-    def of(cls, run: Run, name: str, folder: Path) -> TeacherJob:
+    def of(cls, run: Run, name: str, folder: Path, resources: TrialResources) -> TeacherJob:
         """Describe the job of one teacher of the run's zoo."""
         return cls(
-            run.zoo[name], str(table_path(run)), str(folder), run.settings.zoo.trusted_factories, run.tracking_uri
+            teacher=run.zoo[name],
+            table=str(table_path(run)),
+            folder=str(folder),
+            trusted_factories=run.settings.zoo.trusted_factories,
+            tracking_uri=run.tracking_uri,
+            gpu=resources.gpus > 0,
         )
 
     def load(self) -> Teacher:
         """Load the teacher; on the worker."""
+        import torch
+
         from pipeline.models.sources import load_teacher
 
         def from_mlflow(uri: str) -> Any:
@@ -59,7 +69,12 @@ class TeacherJob:
 
             return load_mlflow_module(uri, self.tracking_uri)
 
-        return load_teacher(self.teacher, trusted_factories=self.trusted_factories, resolvers={"mlflow": from_mlflow})
+        return load_teacher(
+            self.teacher,
+            device="cuda" if self.gpu and torch.cuda.is_available() else "cpu",
+            trusted_factories=self.trusted_factories,
+            resolvers={"mlflow": from_mlflow},
+        )
 
     def save(self, name: str, tensors: dict[str, Any]) -> None:
         """Write the result, whole or not at all; on the worker."""
@@ -82,7 +97,8 @@ class Assess:
         """Depend on the settings and on every teacher's spec and weights."""
         return {
             "assess": run.settings.assess.model_dump(mode="json", exclude={"resources"}),
-            "teachers": {name: run.zoo.fingerprint_of(name) for name in run.zoo.names},
+            "teachers": {name: run.fingerprint(name) for name in run.zoo.names},
+            "trusted_factories": list(run.settings.zoo.trusted_factories),
         }
 
     def run(self, run: Run, folder: Path) -> Outcome:
@@ -93,8 +109,10 @@ class Assess:
         homes = {name: teacher_folder(run, name) for name in run.zoo.names}
         rows = {name: row for name, home in homes.items() if (row := read_row(home)) is not None}
         missing = [name for name in run.zoo.names if name not in rows]
+        passing: list[str] = []
         if missing:
-            rows |= self._assess(run, missing, homes)
+            found, passing = self._assess(run, missing, homes)
+            rows |= found
         ordered = sorted(
             rows.values(), key=lambda row: (row["bridge_gain"] is None, -(row["bridge_gain"] or 0), row["teacher"])
         )
@@ -110,20 +128,30 @@ class Assess:
         return Outcome(
             digest=digest_of(results),
             summary={"teachers": len(ordered), "failed": len(failed), "assessed_now": len(missing)},
+            again=f"{', '.join(passing)} failed in a way that may pass" if passing else "",
         )
 
-    def _assess(self, run: Run, names: list[str], homes: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    def _assess(
+        self, run: Run, names: list[str], homes: dict[str, Path]
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """Return the rows, and the teachers that failed for another reason than themselves (memory, a lost process)."""
         from pipeline.cluster.trials import TrialItem, run_trials
 
-        settings, rows = run.settings.assess, {}
-        items = [TrialItem(name, (TeacherJob.of(run, name, homes[name]), settings)) for name in names]
+        settings = run.settings.assess
+        rows: dict[str, dict[str, Any]] = {}
+        passing: list[str] = []
+        items = [
+            TrialItem(name, (TeacherJob.of(run, name, homes[name], settings.resources), settings)) for name in names
+        ]
         run.open_cluster()
         with run.display.bar("teachers", len(names)) as advance:
 
             def keep(name: str, result: dict[str, Any]) -> None:
                 row = _row(run, name, result)
-                if row["error"] is None:  # a failure may pass; it is tried again next time
+                if row["error"] is None:
                     write_json(homes[name] / "row.json", row)
+                elif result.get("error_type") not in ("TeacherError", "ConfigError", "DataError", "ValueError"):
+                    passing.append(name)
                 rows[name] = row
                 _track(run, row)
                 advance(1, name)
@@ -139,7 +167,7 @@ class Assess:
                 on_result=keep,
                 verbose=run.verbose,
             )
-        return rows
+        return rows, passing
 
 
 def teacher_folder(run: Run, name: str) -> Path:
@@ -148,7 +176,7 @@ def teacher_folder(run: Run, name: str) -> Path:
         "teachers",
         name,
         {
-            "teacher": run.zoo.fingerprint_of(name),
+            "teacher": run.fingerprint(name),
             "table": run.records["ingest"].digest,
             "assess": run.settings.assess.model_dump(mode="json", exclude={"resources"}),
             "version": Assess.version,
@@ -250,7 +278,7 @@ def _schema() -> Any:
 
 def _row(run: Run, name: str, result: dict[str, Any]) -> dict[str, Any]:
     row = {field: result.get(field) for field in _schema().names}
-    return row | {"teacher": name, "fingerprint": run.zoo.fingerprint_of(name)}
+    return row | {"teacher": name, "fingerprint": run.fingerprint(name)}
 
 
 def _track(run: Run, row: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config import Settings
+from pipeline.errors import TeacherError
 from pipeline.report.console import Display
 from pipeline.stages.artefacts import Record, RunFolder, digest_of
 from pipeline.tracking.tracker import NoTracker, Tracker
@@ -19,10 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage hands back: the hash of its result, and plain values to print and track."""
+    """What a stage hands back.
+
+    Attributes
+    ----------
+    digest : str
+        Hash of its result.
+    summary : dict
+        Plain values to print and track.
+    again : str
+        Why the stage should run again next time although nothing has changed; "" if it need not.
+    """
 
     digest: str
     summary: dict[str, Any]
+    again: str = ""
 
 
 class Stage(Protocol):
@@ -106,6 +118,17 @@ class Run:
         with self.display.working("starting Ray" if self.settings.cluster.local else "joining the cluster"):
             self._exits.enter_context(session(self.settings.cluster, verbose=self.verbose))
         self._open.add("cluster")
+
+    def fingerprint(self, name: str) -> str:
+        """Return what a teacher's results are keyed by: its spec, its weights, and the hash that they are to have.
+
+        A weight file that can't be read does not stop the run: the teacher fails when it is loaded, by itself.
+        """
+        try:
+            content = self.zoo.fingerprint_of(name)
+        except TeacherError as error:
+            content = f"unavailable: {error}"
+        return digest_of([content, self.zoo[name].sha256])
 
     @property
     def tracking_uri(self) -> str | None:

@@ -35,7 +35,7 @@ class Evaluate:
     def inputs(self, run: Run) -> Mapping[str, Any]:
         """Depend on the settings and on those of the training, which the controls share."""
         return {
-            "evaluate": run.settings.evaluate.model_dump(mode="json", exclude={"batch_size"}),
+            "evaluate": run.settings.evaluate.model_dump(mode="json"),
             "distill": run.settings.distill.model_dump(mode="json", exclude={"resources"}),
             "seed": run.settings.seed,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -60,26 +61,30 @@ def table_path(run: Run) -> Path:
 
 
 def source_identity(source: SourceSpec) -> str:
-    """Hash what a source holds: the content of its files, or their sizes and times where they are large.
+    """Hash what a source holds: names and content of its files, or their sizes and times where they are large.
+
+    A URI, and a published data set, count by their names.
 
     Raises
     ------
     DataError
         If a local path holds nothing.
     """
-    location = source.root if source.type == "torchvision" else source.path
+    if source.type == "torchvision":  # published: it does not change under its name
+        return hashlib.sha256(repr((source.name, source.train, source.split)).encode()).hexdigest()
+    location = source.path if "://" in source.path else os.path.expanduser(source.path)
     if "://" in location:
         return hashlib.sha256(location.encode()).hexdigest()
     files = sorted(_files(location))
     if not files:
-        if source.type == "torchvision" and source.download:
-            return "to be downloaded"
         raise DataError(f"task.source: {location} does not exist or holds no file; check the path")
     content = sum(path.stat().st_size for path in files) <= _HASHED_BYTES
     digest = hashlib.sha256()
     for path in files:
         stat = path.stat()
-        digest.update(f"{path.name}\0{stat.st_size}\0".encode())
+        # In an image folder the name of the folder is the label.
+        name = path.relative_to(location) if Path(location).is_dir() else path.name
+        digest.update(f"{name}\0{stat.st_size}\0".encode())
         if content:
             with path.open("rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())

@@ -27,6 +27,7 @@ class Register:
 
         return {
             "register": run.settings.registration.model_dump(mode="json", exclude={"enabled"}),
+            "licences": {name: run.zoo[name].licence for name in run.zoo.names},
             "store": find_store(run.settings.tracking, run.files.root).shown,
         }
 
@@ -64,11 +65,9 @@ def _lineage(run: Run) -> dict[str, Any]:
     return {
         "data": {"fingerprint": run.records["ingest"].digest},
         "teachers": {
-            name: {"fingerprint": run.zoo.fingerprint_of(name), "licence": run.zoo[name].licence}
-            for name in choice["chosen"]
+            name: {"fingerprint": run.fingerprint(name), "licence": run.zoo[name].licence} for name in choice["chosen"]
         },
         "stages": {name: run.records[name].key for name in ("ingest", "assess", "select", "amalgamate", "distill")},
-        "settings": digest_of(run.settings.model_dump(mode="json", include={"assess", "select", "distill", "seed"})),
     }
 
 
@@ -97,9 +96,10 @@ def model_card(run: Run, lineage: Mapping[str, Any]) -> str:
         f"- {name}: licence {details['licence'] or 'not stated'}, fingerprint `{details['fingerprint'][:16]}`"
         for name, details in lineage["teachers"].items()
     ] or ["None: no teacher helped on the validation images."]
-    lines += ["", "## Test accuracy", "", "| taught by | seeds | accuracy | ECE |", "|---|---|---|---|"]
+    lines += ["", "## Test accuracy", "", "| taught by | seeds | accuracy, % | ECE |", "|---|---|---|---|"]
     lines += [
-        f"| {arm['title']} | {len(arm['accuracies'])} | {arm['mean']:.3f} ± {arm['std']:.3f} | {arm['ece']:.3f} |"
+        f"| {arm['title']} | {len(arm['accuracies'])} | {100 * arm['mean']:.1f} ± {100 * arm['std']:.1f} "
+        f"| {arm['ece']:.3f} |"
         for arm in evaluation["arms"]
     ]
     first = evaluation["arms"][0]["first"]["per_class"]
@@ -110,7 +110,7 @@ def model_card(run: Run, lineage: Mapping[str, Any]) -> str:
         "",
         "## Limits",
         "",
-        f"Weakest classes: {', '.join(f'{name} {value:.2f}' for name, value in weakest)}. "
+        f"Weakest classes: {', '.join(f'{name} {100 * value:.0f} %' for name, value in weakest)}. "
         "Measured on the test split of the same source; other images may give other results.",
         "",
     ]

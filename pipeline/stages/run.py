@@ -76,6 +76,9 @@ def show_status(settings: Settings, *, until: str = "register", display: Display
             continue
         inputs = _inputs(stage, run)
         key = key_of(stage.name, stage.version, inputs)
+        if _superseded(run, stage, key):
+            found.append(Status(stage.name, "stale", "another student has been registered since"))
+            continue
         status = files.status(stage.name, key, inputs)
         record = files.record(stage.name, key)
         if record is not None:
@@ -101,14 +104,24 @@ def _zoo(settings: Settings) -> Zoo:
     from pipeline.models.zoo import load_zoo
 
     zoo = load_zoo(settings.zoo.path)
-    return zoo if settings.zoo.only is None else zoo.only(settings.zoo.only)
+    if settings.zoo.only is not None:
+        zoo = zoo.only(settings.zoo.only)
+    registered = {name: spec.source.uri for name, spec in zoo.items() if spec.source.type == "mlflow"}
+    if not registered:
+        return zoo
+    from pipeline.tracking.connect import find_store
+    from pipeline.tracking.resolve import pinned
+
+    # An alias may move while the run goes on; the version that it names now is what every worker loads.
+    store = find_store(settings.tracking, settings.run_dir).uri
+    return zoo.with_uris({name: pinned(uri, store) for name, uri in registered.items()})
 
 
 def _run_stages(run: Run, wanted: list[Stage]) -> None:
     for stage in wanted:
         inputs = _inputs(stage, run)
         key = key_of(stage.name, stage.version, inputs)
-        record = run.files.record(stage.name, key)
+        record = None if _superseded(run, stage, key) else run.files.record(stage.name, key)
         if record is not None:
             run.records[stage.name] = record
             ended = datetime.datetime.fromtimestamp(record.finished).strftime("%Y-%m-%d %H:%M")
@@ -117,6 +130,12 @@ def _run_stages(run: Run, wanted: list[Stage]) -> None:
             with run.display.stage(stage.name):
                 run.records[stage.name] = _run_stage(run, stage, key, inputs)
         tables.after(stage.name, run)
+
+
+def _superseded(run: Run, stage: Stage, key: str) -> bool:
+    """Whether another result has been registered since this one, and has taken the alias along."""
+    newest = run.files.newest(stage.name)
+    return stage.name == "register" and newest is not None and newest.key != key
 
 
 def _run_stage(run: Run, stage: Stage, key: str, inputs: Mapping[str, Any]) -> Record:
@@ -128,8 +147,10 @@ def _run_stage(run: Run, stage: Stage, key: str, inputs: Mapping[str, Any]) -> R
     with run.tracker.run(stage.name, key=f"{stage.name}-{key}", tags={"stage": stage.name, "key": key}) as tracker:
         tracker.params({name: value for name, value in inputs.items() if not name.startswith("teachers.")})
         outcome = stage.run(run.within(tracker), folder)
-        tracker.metrics({name: value for name, value in flatten(outcome.summary).items() if _is_number(value)})
+        numbers = {name: value for name, value in flatten(outcome.summary).items() if _is_number(value)}
+        tracker.metrics(numbers)
         tracker.artifact(folder / "settings.yaml")
+    run.tracker.metrics({f"{stage.name}.{name}": value for name, value in numbers.items()})
     record = Record(
         stage=stage.name,
         key=key,
@@ -138,6 +159,7 @@ def _run_stage(run: Run, stage: Stage, key: str, inputs: Mapping[str, Any]) -> R
         summary=outcome.summary,
         seconds=time.perf_counter() - started,
         finished=clock(),
+        again=outcome.again,
     )
     run.files.finish(record)
     return record

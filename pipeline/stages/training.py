@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.spec import Arm
+from pipeline.stages.artefacts import digest_of
 from pipeline.stages.base import Run
 from pipeline.stages.ingest import table_path
 
@@ -47,7 +48,7 @@ def arm(run: Run, name: str, seed: int, teaching: Path | None, digest: str) -> A
 
 
 def train(run: Run, arms: Sequence[Arm], title: str) -> None:
-    """Train those arms that are not done, in one worker group; a run that was cut off continues."""
+    """Train those arms that are not done, in one worker group; a group that was cut off continues where it was."""
     missing = [item for item in arms if not item.done]
     if not missing:
         return
@@ -89,7 +90,7 @@ def train(run: Run, arms: Sequence[Arm], title: str) -> None:
             | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {}),
             max_failures=workers.max_failures,
             storage=str(run.files.root / "ray"),
-            name=f"train-{Path(missing[0].folder).name}",
+            name=f"{title}-{digest_of([item.name for item in arms])[:12]}",
             on_report=on_report,
             verbose=run.verbose,
         )

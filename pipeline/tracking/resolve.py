@@ -72,6 +72,26 @@ def download_model(uri: str, *, tracking_uri: str | None = None, folder: str | P
     return path
 
 
+def pinned(uri: str, tracking_uri: str | None = None) -> str:
+    """Return the URI of the version that an alias names now; any other URI, and one that can't be resolved, as it is.
+
+    What can't be resolved is told of when the model is loaded.
+    """
+    match = re.fullmatch(r"models:/+([^/@]+)@([^/@]+)", uri)
+    store = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if match is None or not store:
+        return uri
+    prepare()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        version = MlflowClient(store, registry_uri=store).get_model_version_by_alias(match[1], match[2])
+    except MlflowException:
+        return uri
+    return f"models:/{match[1]}/{version.version}"
+
+
 def load_mlflow_module(
     uri: str, tracking_uri: str | None = None, *, allow_pickle: bool = False, device: str | torch.device = "cpu"
 ) -> nn.Module:

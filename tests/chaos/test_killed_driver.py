@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.engine.checkpoint import CheckpointStore
 from tests.tiny import make_data, make_settings, make_zoo
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
@@ -48,7 +49,7 @@ def kill_when(settings: Path, reached: Callable[[], bool], limit: float = 120) -
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=40)
+    _, alive = psutil.wait_procs(processes, timeout=120)  # Ray's agents look after their node once a minute
     alive = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not alive, [process.cmdline() for process in alive]
 
@@ -58,7 +59,7 @@ def test_killed_at_every_stage_and_finished(tmp_path: Path) -> None:
     make_zoo(tmp_path)
     settings = make_settings(
         tmp_path,
-        evaluate={"seeds": 1, "controls": ["no_teacher"]},
+        evaluate={"seeds": 2, "controls": ["no_teacher"]},
         distill={
             "student": {"name": "small_cnn", "kwargs": {"width": 8}},
             "loop": {"epochs": 60, "batch_size": 32, "labelled_batch": 16},
@@ -75,12 +76,19 @@ def test_killed_at_every_stage_and_finished(tmp_path: Path) -> None:
     assessed = {path: path.stat().st_mtime_ns for path in run.glob("teachers/*/row.json")}
     assert not some("assess/*/stage.json")()
     # During the student's training: a checkpoint is there, the student is not.
-    children += kill_when(settings, some("ray/train-faculty*/checkpoint_*/state.pt"))
+    children += kill_when(settings, some("ray/epochs-*/checkpoint_*/state.pt"))
     assert {path: path.stat().st_mtime_ns for path in assessed} == assessed  # not assessed a second time
     assert not some("distill/*/stage.json")()
-    # During the training of the control.
-    children += kill_when(settings, some("ray/train-no_teacher*/checkpoint_*/state.pt"))
+
+    def second_control_has_begun() -> bool:
+        folder = next(run.glob("ray/controls-*"), None)
+        newest = CheckpointStore(str(run / "ray"), folder.name).newest() if folder is not None else None
+        return newest is not None and newest.metrics["arm"] == 1 and newest.metrics["epoch"] >= 5
+
+    # During the training of the second of three controls.
+    children += kill_when(settings, second_control_has_begun)
     assert some("distill/*/stage.json")()
+    assert len(list(run.glob("students/*/done.json"))) == 2
     assert not some("evaluate/*/stage.json")()
     # During registration.
     children += kill_when(settings, some("register/*"))
@@ -96,6 +104,11 @@ def test_killed_at_every_stage_and_finished(tmp_path: Path) -> None:
         assert json.loads(records[0].read_text())["digest"]
     history = json.loads(next(run.glob("distill/*/history.json")).read_text())
     assert [metrics["epoch"] for metrics in history] == list(range(1, 61))
+
+    # Three trainings of 60 epochs with a checkpoint each: had the second one started over, there would be more.
+    saved = CheckpointStore(str(run / "ray"), next(run.glob("ray/controls-*")).name).newest()
+    assert saved is not None
+    assert saved.index == 3 * 60 - 1
 
     import mlflow
 

@@ -32,6 +32,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     zoo = make_zoo(folder)
     entries = yaml.safe_load(zoo.read_text())["teachers"]
     entries.append({**entries[0], "name": "broken", "classes": ["a", "b", "c"]})
+    entries.append(
+        {**entries[0], "name": "lost", "source": {**entries[0]["source"], "path": "teachers/lost.safetensors"}}
+    )
     write_zoo(zoo, entries)
     make_settings(
         folder,
@@ -67,8 +70,9 @@ def test_the_output_is_ours_alone(finished: subprocess.CompletedProcess[str]) ->
 
 def test_every_teacher_has_a_row_and_the_broken_one_its_error(world: Path, finished) -> None:
     rows = {row["teacher"]: row for row in pq.read_table(artefact(world, "assess", "assessment.parquet")).to_pylist()}
-    assert set(rows) == {"flat", "solid", "mixed", "untrained", "blind", "broken"}
+    assert set(rows) == {"flat", "solid", "mixed", "untrained", "blind", "broken", "lost"}
     assert "`classes` names 3" in rows["broken"]["error"]
+    assert "lost.safetensors does not exist" in rows["lost"]["error"]
     for name in ("flat", "solid", "mixed", "untrained", "blind"):
         row = rows[name]
         assert row["error"] is None
@@ -81,7 +85,7 @@ def test_every_teacher_has_a_row_and_the_broken_one_its_error(world: Path, finis
 
 def test_the_choice_gives_a_reason_for_every_teacher(world: Path, finished) -> None:
     choice = json.loads(artefact(world, "select", "faculty.json").read_text())
-    assert set(choice["reasons"]) == {"flat", "solid", "mixed", "untrained", "blind", "broken"}
+    assert set(choice["reasons"]) == {"flat", "solid", "mixed", "untrained", "blind", "broken", "lost"}
     assert choice["chosen"]
     assert "broken" not in choice["chosen"]
 
@@ -148,7 +152,7 @@ def test_mlflow_holds_one_parent_with_stages_and_teachers(world: Path, finished)
     assert names.count("tiny") == 1
     assert {"assess", "select", "distill", "evaluate", "register"} <= set(names)
     teachers = [run for run in runs if run.info.run_name.startswith("teacher ")]
-    assert len(teachers) == 6
+    assert len(teachers) == 7
     assert {run.data.metrics.get("knn") is not None for run in teachers} == {True, False}
     parents = {run.data.tags["mlflow.parentRunId"] for run in teachers}
     assert parents == {next(run.info.run_id for run in runs if run.info.run_name == "assess")}
@@ -185,7 +189,9 @@ def test_another_teacher_is_assessed_alone(world: Path, finished, tmp_path: Path
     (copy / "run.yaml").write_text(yaml.safe_dump(settings))
     zoo = copy / "zoo.yaml"
     entries = yaml.safe_load(zoo.read_text())["teachers"]
-    write_zoo(zoo, [entry for entry in entries if entry["name"] != "broken"] + [{**entries[0], "name": "twin"}])
+    write_zoo(
+        zoo, [entry for entry in entries if entry["name"] not in ("broken", "lost")] + [{**entries[0], "name": "twin"}]
+    )
     result = faculty("assess", "-c", copy / "run.yaml", timeout=120)
     assert result.returncode == 0, result.stderr
     assert "teachers 1/1" in result.stdout

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.causes import one_line, root_cause
-from pipeline.cluster.inline import map_inline
 from pipeline.cluster.measure import Meter
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.cluster.train import fit
@@ -82,15 +81,6 @@ def test_no_workers_train_here_and_resume(tmp_path):
     again = fit(count, {"steps": 5, "scratch": str(tmp_path / "c")}, **options)
     assert again == outcome
     assert len(heard) == 5
-
-
-def test_map_inline_isolates_errors():
-    heard = []
-    results = map_inline(lambda x: 6 // x, [1, 0, 3], on_result=lambda *row: heard.append(row))
-    assert results[0] == (6, None)
-    assert results[1] == (None, "ZeroDivisionError: integer division or modulo by zero")
-    assert results[2] == (2, None)
-    assert [row[0] for row in heard] == [0, 1, 2]
 
 
 def test_a_cause_is_found_beneath_its_wrappers():

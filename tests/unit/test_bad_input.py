@@ -203,6 +203,41 @@ def test_a_registration_without_a_registry_is_refused_at_the_start(cli, world: P
     assert not (world.parent / "run").exists()
 
 
+def test_verbose_keeps_the_exit_code_and_adds_the_trace(cli, world: Path) -> None:
+    code, _, err = cli("run", "-v", "-c", world, "distill.loop.epoch=3")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: override distill.loop.epoch=3")
+
+
+def test_an_interrupt_says_how_to_go_on(cli, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.data.ingest.build_table", stop)
+    code, _, err = cli("ingest", "-c", world)
+    assert code == 130
+    assert "the same command continues" in one_line(err)
+
+
+def test_a_status_with_a_lost_weight_file_is_no_error(cli, world: Path) -> None:
+    assert cli("ingest", "-c", world)[0] == 0
+    (world.parent / "teachers" / "flat.safetensors").unlink()
+    code, out, err = cli("run", "-c", world, "--status")
+    assert (code, err) == (0, "")
+    assert "assess" in out
+
+
+def test_a_class_folder_that_is_renamed_is_read_again(cli, world: Path) -> None:
+    images = folder_of_images(world.parent, broken=0)
+    source = f"task.source={{type: image_folder, path: {images}}}"
+    assert cli("ingest", "-c", world, source)[0] == 0
+    (images / "slash").rename(images / "stroke")
+    code, out, _ = cli("run", "-c", world, source, "--status")
+    assert code == 0
+    assert "ingest stale content.source" in " ".join(out.split())
+
+
 def test_what_was_done_before_stays_intact(cli, world: Path) -> None:
     assert cli("ingest", "-c", world)[0] == 0
     table = next((world.parent / "run" / "ingest").glob("*/images.arrow"))

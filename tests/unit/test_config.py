@@ -102,6 +102,8 @@ def test_numbers(text: str, value: object) -> None:
         ),
         ("seed: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("- a", "must hold a mapping"),
+        ("registr: {}", r"`registr` is not a setting; did you mean `register`"),
+        ("register: {nam: x}", r"`register\.nam` is not a setting; did you mean `name`"),
         ("a: [", "line 1"),
         ("assess: {bridge: {kind: center}}", r"`assess\.bridge\.kind` is 'center'; did you mean `centres`"),
         (
@@ -113,6 +115,18 @@ def test_numbers(text: str, value: object) -> None:
 def test_errors_name_file_path_and_remedy(base: Path, tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_settings([base, write(tmp_path, "bad.yaml", text)])
+
+
+def test_a_merge_key_gives_way_to_the_mapping_s_own_keys() -> None:
+    text = "base: &base {lr: 1, steps: 5}\nchild: {<<: *base, lr: 2}"
+    assert parse_yaml(text, where="x")["child"] == {"lr": 2, "steps": 5}
+    with pytest.raises(ConfigError, match="duplicate key 'lr'"):
+        parse_yaml("base: &base {a: 1}\nchild: {<<: *base, lr: 2, lr: 3}", where="x")
+
+
+def test_a_run_folder_in_a_bucket_is_refused(base: Path) -> None:
+    with pytest.raises(ConfigError, match="run_dir s3://bucket/x is a URI"):
+        load_settings([base], ["run_dir=s3://bucket/x"])
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:

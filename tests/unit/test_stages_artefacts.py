@@ -58,6 +58,15 @@ def test_a_record_that_was_cut_off_counts_as_unfinished(files: RunFolder) -> Non
     assert files.record("assess", "k") is None
 
 
+def test_a_stage_that_asks_for_it_runs_again(files: RunFolder) -> None:
+    inputs = {"k": 1}
+    key = key_of("assess", 1, inputs)
+    files.finish(Record("assess", key, "d", inputs, {}, 0.5, 1.0, again="big failed in a way that may pass"))
+    assert files.record("assess", key) is None
+    status = files.status("assess", key, inputs)
+    assert (status.state, status.why) == ("stale", "big failed in a way that may pass")
+
+
 def test_another_format_is_refused(files: RunFolder) -> None:
     write_json(files.root / "run.json", {"format": 99})
     with pytest.raises(UserError, match="run folder of format 99, this version reads 1; choose another run_dir"):

@@ -21,5 +21,5 @@ COPY --chown=ray:users conf ./conf
 RUN uv pip install --python "$(which python)" --no-cache --no-deps --editable . \
     && faculty --help > /dev/null
 
-ENTRYPOINT ["faculty"]
-CMD ["--help"]
+# No entry point: Ray's operators start `ray` in this image, `docker run faculty:cpu faculty run -c …` a run.
+CMD ["faculty", "--help"]

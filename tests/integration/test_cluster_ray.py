@@ -174,14 +174,14 @@ def train_loop(context, payload):
             time.sleep(1)  # until the controller has taken up what was reported
             Path(death).touch()
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-def state_of(outcome):
-    return torch.load(Path(outcome.checkpoint) / "state.pt", weights_only=True)
     if context.world_size > 1:
         # A second lesson in the same group: the checkpoint that the first one was restored from is gone by now.
         with context.restore() as later:
             assert later is None
+
+
+def state_of(outcome):
+    return torch.load(Path(outcome.checkpoint) / "state.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")

@@ -61,15 +61,11 @@ class RegisterSpec(StrictModel):
         The registered model; every new student is a version of it.
     alias : str
         The alias that is moved to this version: ``models:/<name>@<alias>`` loads it.
-    margin : float
-        The gate: the student's test accuracy minus that of the reference it is compared with must be at least this
-        much (a fraction, 0.01 is one percentage point). Negative values tolerate a loss.
     """
 
     enabled: bool = True
     name: str = "faculty-student"
     alias: str = "challenger"
-    margin: float = Field(default=0.0, ge=-1.0, le=1.0)
 
     @field_validator("name")
     @classmethod

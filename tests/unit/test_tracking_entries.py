@@ -98,7 +98,7 @@ def test_keys_that_a_search_could_not_quote_are_refused():
         ({"name": "a/b"}, "`name`.*none of / : @"),
         ({"alias": "v2"}, "`alias`.*reserves the alias 'v2'"),
         ({"alias": "a b"}, "`alias`.*letters, digits"),
-        ({"margin": 2}, "`margin`"),
+        ({"alias": "latest"}, "reserves the alias"),
     ],
 )
 def test_register_settings_are_refused_early(data, part):

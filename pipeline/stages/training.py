@@ -70,6 +70,8 @@ def train(run: Run, arms: Sequence[Arm], title: str) -> None:
     if workers.num_workers:
         run.open_cluster()
     with run.display.bar(title, len(missing) * settings.loop.epochs) as advance:
+        if run.display.console.is_terminal and workers.num_workers:
+            advance(0, f"starting {workers.num_workers} workers")
 
         def on_report(metrics: dict[str, Any]) -> None:
             number, epoch = int(metrics["arm"]), int(metrics["epoch"])

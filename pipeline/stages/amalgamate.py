@@ -38,7 +38,7 @@ class Amalgamate:
         return {}
 
     def run(self, run: Run, folder: Path) -> Outcome:
-        """Run the faculty, and the best single teacher for comparison, over the training images; assign."""
+        """Run the faculty over the training images; give each image to the least ambiguous of it."""
         names = chosen(run)["chosen"]
         if not names:
             return Outcome(digest=_NONE, summary={"shares": {}})

@@ -124,7 +124,7 @@ class Assess:
         if len(failed) == len(ordered):
             reasons = "; ".join(f"{row['teacher']}: {row['error']}" for row in failed[:3])
             raise StageError(f"assess: none of the {len(ordered)} teachers could be assessed ({reasons})")
-        results = [{key: row[key] for key in ("teacher", "error", *SCORES)} for row in ordered]
+        results = [{key: row[key] for key in ("teacher", "fingerprint", "error", *SCORES)} for row in ordered]
         return Outcome(
             digest=digest_of(results),
             summary={"teachers": len(ordered), "failed": len(failed), "assessed_now": len(missing)},

@@ -109,12 +109,14 @@ def _zoo(settings: Settings) -> Zoo:
     registered = {name: spec.source.uri for name, spec in zoo.items() if spec.source.type == "mlflow"}
     if not registered:
         return zoo
-    from pipeline.tracking.connect import find_store
+    from pipeline.tracking.connect import check_server, find_store
     from pipeline.tracking.resolve import pinned
 
+    store = find_store(settings.tracking, settings.run_dir)
+    if store.kind == "server":
+        check_server(store.uri, settings.tracking.timeout)
     # An alias may move while the run goes on; the version that it names now is what every worker loads.
-    store = find_store(settings.tracking, settings.run_dir).uri
-    return zoo.with_uris({name: pinned(uri, store) for name, uri in registered.items()})
+    return zoo.with_uris({name: pinned(uri, store.uri) for name, uri in registered.items()})
 
 
 def _run_stages(run: Run, wanted: list[Stage]) -> None:
@@ -134,8 +136,10 @@ def _run_stages(run: Run, wanted: list[Stage]) -> None:
 
 def _superseded(run: Run, stage: Stage, key: str) -> bool:
     """Whether another result has been registered since this one, and has taken the alias along."""
+    if stage.name != "register" or run.files.record(stage.name, key) is None:
+        return False
     newest = run.files.newest(stage.name)
-    return stage.name == "register" and newest is not None and newest.key != key
+    return newest is not None and newest.key != key
 
 
 def _run_stage(run: Run, stage: Stage, key: str, inputs: Mapping[str, Any]) -> Record:

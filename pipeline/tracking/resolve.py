@@ -82,12 +82,11 @@ def pinned(uri: str, tracking_uri: str | None = None) -> str:
     if match is None or not store:
         return uri
     prepare()
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     try:
         version = MlflowClient(store, registry_uri=store).get_model_version_by_alias(match[1], match[2])
-    except MlflowException:
+    except Exception:  # whatever a store, its driver or a network may do
         return uri
     return f"models:/{match[1]}/{version.version}"
 

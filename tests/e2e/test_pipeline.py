@@ -180,6 +180,30 @@ def test_status_says_what_is_stale_and_why(world: Path, finished) -> None:
     assert resources.stdout.count("fresh") == 7
 
 
+def test_going_back_to_former_settings_brings_the_alias_back(world: Path, finished) -> None:
+    import mlflow
+
+    def champion() -> str:
+        client = mlflow.MlflowClient(f"sqlite:///{world}/run/mlflow.db")
+        return str(client.get_model_version_by_alias("faculty-student", "challenger").version)
+
+    def run(*overrides: str) -> str:
+        result = faculty("run", "-c", world / "run.yaml", *overrides)
+        assert result.returncode == 0, result.stderr
+        return " ".join(result.stdout.split())
+
+    assert champion() == "1"
+    other = "distill.loop.epochs=2", "distill.resources.num_workers=0", "evaluate.seeds=1", "evaluate.controls=[]"
+    run(*other)
+    assert champion() == "2"
+    status = faculty("run", "-c", world / "run.yaml", "--status", timeout=60)
+    assert "register stale another student has been registered since" in " ".join(status.stdout.split())
+    text = run()
+    assert champion() == "1"
+    assert "version 1" in text
+    assert text.count("unchanged since") == 6
+
+
 def test_another_teacher_is_assessed_alone(world: Path, finished, tmp_path: Path) -> None:
     copy = tmp_path / "world"
     shutil.copytree(world, copy, ignore=shutil.ignore_patterns("mlartifacts", "mlflow.db"))

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.errors import ConfigError, StageError, TeacherError
 from pipeline.tracking.connect import open_tracker
 from pipeline.tracking.registry import register_student, registered
-from pipeline.tracking.resolve import download_model, load_mlflow_module
+from pipeline.tracking.resolve import download_model, load_mlflow_module, pinned
 from pipeline.tracking.spec import TrackingSpec
 from pipeline.tracking.tracker import NoTracker
 
@@ -190,6 +190,15 @@ def test_a_registered_model_serves_as_a_teacher(tracker, student):
     np.testing.assert_allclose(before.detach().numpy(), logits_of(student, images(5, 3)), atol=1e-5)
     by_version = load_mlflow_module(f"models:/tiny/{entry.version}", tracker.secret_uri)
     assert torch.equal(by_version(batch), before)
+
+
+def test_an_alias_is_pinned_to_the_version_it_names_now(tracker, student):
+    entry = register(tracker, student)
+    alias = entry.uri
+    assert "@" in alias
+    assert pinned(alias, tracker.secret_uri) == f"models:/tiny/{entry.version}"
+    for uri in ("models:/tiny@absent", "models:/nothing@champion", f"models:/tiny/{entry.version}"):
+        assert pinned(uri, tracker.secret_uri) == uri
 
 
 def test_a_pickled_teacher_is_refused_unless_allowed(tracker, student, tmp_path_factory):

@@ -105,16 +105,30 @@ def leep(p: Tensor, y: Tensor, *, probe_p: Tensor | None = None, probe_y: Tensor
     theta = p.double()
     classes = int(max(y.max(), -1 if probe_y is None else probe_y.max())) + 1
     y = _checks.labels("y", y, len(p), max(classes, 1))
-    joint = theta.t() @ F.one_hot(y, classes).double()
     if probe_p is None or probe_y is None:
-        conditional = joint / joint.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        expected = theta @ conditional
-        return float(expected[torch.arange(len(y)), y].log().mean())
+        return float(leep_terms(theta, y).mean())
+    joint = theta.t() @ F.one_hot(y, classes).double()
     _checks.distributions("probe_p", probe_p, p.shape[1])
     truth = _checks.labels("probe_y", probe_y, len(probe_p), classes)
     conditional = (joint + 1 / classes) / (joint.sum(1, keepdim=True) + 1)
     expected = probe_p.double() @ conditional
     return float(expected[torch.arange(len(truth)), truth].log().mean())
+
+
+def leep_terms(p: Tensor, y: Tensor) -> Tensor:
+    """Return log Σ_i P̂(y_b | i) p_bi for each sample, an (N,) float64 tensor: LEEP is its mean.
+
+    Parameters
+    ----------
+    p : (N, C_t) tensor
+        Distributions.
+    y : (N,) tensor
+        Target classes ≥ 0.
+    """
+    theta = p.double()
+    joint = theta.t() @ F.one_hot(y.long()).double()
+    conditional = joint / joint.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return (theta @ conditional)[torch.arange(len(y)), y].log()
 
 
 def _embedding(name: str, label_name: str, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

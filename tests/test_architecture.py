@@ -16,9 +16,9 @@ ALLOWED = {
     "amalgamation": {"transport"},
     "distillation": {"transport", "amalgamation"},
     "data": set(),
-    "models": set(),
+    "models": {"data"},
     "engine": {"transport", "assessment", "amalgamation", "distillation", "data", "models"},
-    "cluster": {"engine"},
+    "cluster": {"engine", "assessment"},
     "tracking": {"models"},
     "report": set(),
 }

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from pipeline.data.spec import SourceSpec
 from pipeline.strict import StrictModel
 
 # Where a zoo file may take a `factory` from, unless the settings trust more.
 TRUSTED_FACTORIES = ("pipeline.models.", "torchvision.models.", "timm.")
+
+# What a teacher may be called: its name becomes part of folders.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$"
 
 BUILTIN_LABELS = ("mnist", "fashion-mnist", "cifar-10", "cifar-100", "imagenet-1k")
 
@@ -228,9 +232,14 @@ class TeacherSpec(StrictModel):
         Of the weight file; a file that differs is refused.
     licence, notes : str
         For people: what the weights may be used for, what they were trained on.
+    accuracy : float, optional
+        On its own classes, in [0, 1], as its model card gives it. It has no part in what the teacher answers.
+    examples : SourceSpec, optional
+        A few labelled images of the teacher's own classes, for its card; a source as a task has it, whose class names
+        must be among the teacher's. At most 64 images a class, and about 2,000 in all, are looked at.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")
+    name: str = Field(pattern=NAME_PATTERN)
     source: TeacherSource
     classes: tuple[str, ...] | str | None = None
     preprocessing: PreprocessingSpec | None
@@ -239,6 +248,8 @@ class TeacherSpec(StrictModel):
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     licence: str = ""
     notes: str = ""
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    examples: SourceSpec | None = None
 
     @field_validator("classes")
     @classmethod
@@ -253,6 +264,16 @@ class TeacherSpec(StrictModel):
             repeated = sorted({name for name in value if value.count(name) > 1})
             if repeated:
                 raise ValueError(f"class name {repeated[0]!r} occurs twice")
+        return value
+
+    @field_validator("examples")
+    @classmethod
+    def _own_classes(cls, value: SourceSpec | None, info: ValidationInfo) -> SourceSpec | None:
+        classes = info.data.get("classes")
+        if value is not None and isinstance(classes, tuple):  # other classes are known when the teacher is loaded
+            unknown = [name for name in value.only or value.classes or () if name not in classes]
+            if unknown:
+                raise ValueError(f"class {unknown[0]!r} is not among the teacher's `classes`; they must be its own")
         return value
 
     @model_validator(mode="after")

@@ -1,17 +1,23 @@
-"""The zoo: an ordered catalogue of teachers, read from one YAML file."""
+"""The zoo: an ordered catalogue of teachers, read from one YAML file, or lazily from one Parquet file."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.models.files import file_sha256, missing
 from pipeline.models.spec import TeacherSpec, ZooFile
 from pipeline.strict import load_yaml, validate
+
+_LISTED = 20  # names in an error
+_COMPARED = 200  # names that are compared letter by letter with a wrong one
 
 
 class Zoo(Mapping[str, TeacherSpec]):
@@ -30,30 +36,43 @@ class Zoo(Mapping[str, TeacherSpec]):
     """
 
     def __init__(self, teachers: Iterable[TeacherSpec], *, where: str = "zoo") -> None:
-        self._specs = {teacher.name: teacher for teacher in teachers}
+        # In order; what stands for a teacher is its spec here, and may be its row in a zoo that reads lazily.
+        self._entries: dict[str, Any] = {teacher.name: teacher for teacher in teachers}
         self.where = where
+
+    def _spec(self, name: str, entry: Any) -> TeacherSpec:
+        return entry
+
+    def _with(self, entries: dict[str, Any]) -> Zoo:
+        """Return a zoo of the same kind and origin with other entries."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__ | {"_entries": entries}
+        return other
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names, in order."""
-        return tuple(self._specs)
+        return tuple(self._entries)
 
     def __getitem__(self, name: str) -> TeacherSpec:
-        try:
-            return self._specs[name]
-        except KeyError:
-            near = difflib.get_close_matches(str(name), self._specs, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(self._specs)}"
-            raise ConfigError(f"{self.where}: there is no teacher {name!r}; {hint}") from None
+        if name not in self._entries:
+            raise self._unknown(str(name))
+        return self._spec(name, self._entries[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._specs
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._specs)
+        return len(self._entries)
+
+    def _unknown(self, name: str) -> ConfigError:
+        near = _nearest(name, self._entries)
+        listed = ", ".join(list(self._entries)[:_LISTED]) + (", …" if len(self) > _LISTED else "")
+        hint = f"it has: {listed}" if near is None else f"did you mean {near!r}?"
+        return ConfigError(f"{self.where}: there is no teacher {name!r}; {hint}")
 
     def only(self, names: Iterable[str]) -> Zoo:
         """Return a zoo of these teachers alone, still in the file's order.
@@ -63,10 +82,13 @@ class Zoo(Mapping[str, TeacherSpec]):
         ConfigError
             When one is not in the zoo, or none is asked for.
         """
-        wanted = {self[name].name for name in names}
+        wanted = dict.fromkeys(names)
         if not wanted:
             raise ConfigError(f"{self.where}: `only` is empty; name at least one teacher, or leave it out")
-        return Zoo((spec for name, spec in self._specs.items() if name in wanted), where=self.where)
+        for name in wanted:
+            if name not in self._entries:
+                raise self._unknown(name)
+        return self._with({name: entry for name, entry in self._entries.items() if name in wanted})
 
     def with_uris(self, uris: Mapping[str, str]) -> Zoo:
         """Return the same zoo with other URIs for some of its registered teachers."""
@@ -74,58 +96,104 @@ class Zoo(Mapping[str, TeacherSpec]):
             name: self[name].model_copy(update={"source": self[name].source.model_copy(update={"uri": uri})})
             for name, uri in uris.items()
         }
-        return Zoo((changed.get(name, spec) for name, spec in self._specs.items()), where=self.where)
+        return self._with(self._entries | changed)
 
     def fingerprint_of(self, name: str) -> str:
-        """Return a hash of all that decides what a teacher answers: its spec and the content of its weight file.
-
-        Where the file lies, the licence and the notes do not count. A net that is fetched by name or URI counts by that
-        name.
+        """Return a hash of all that decides what a teacher answers, see `teacher_fingerprint`.
 
         Raises
         ------
         TeacherError
             When the weight file can't be read.
         """
-        spec = self[name]
-        content = spec.model_dump(mode="json", exclude={"licence", "notes", "sha256"})
-        if spec.path is not None:
-            problem = missing(spec.path)
-            if problem:
-                raise TeacherError(f"{self.where}: teacher {name!r}: `source.path` {spec.path} {problem}")
-            content["source"]["path"] = file_sha256(spec.path)
-        return _hash(content)
+        return teacher_fingerprint(self[name], where=self.where)
 
     @property
     def fingerprint(self) -> str:
         """A hash of all teachers, in order."""
-        return _hash([self.fingerprint_of(name) for name in self._specs])
+        return _hash([self.fingerprint_of(name) for name in self._entries])
+
+
+def teacher_fingerprint(spec: TeacherSpec, *, where: str = "zoo") -> str:
+    """Return a hash of all that decides what a teacher answers: its spec and the content of its weight file.
+
+    Where the file lies, and what is there for people or for the teacher's card, does not count. A net that is fetched
+    by name or URI counts by that name. Where the spec declares the file's hash, the file is not read for it: one that
+    differs is refused when it is loaded.
+
+    Parameters
+    ----------
+    spec : TeacherSpec
+        With absolute paths.
+    where : str
+        The zoo, for errors.
+
+    Raises
+    ------
+    TeacherError
+        When the weight file can't be read.
+    """
+    content = spec.model_dump(mode="json", exclude={"licence", "notes", "sha256", "accuracy", "examples"})
+    if spec.path is not None:
+        problem = missing(spec.path)
+        if problem:
+            raise TeacherError(f"{where}: teacher {spec.name!r}: `source.path` {spec.path} {problem}")
+        content["source"]["path"] = spec.sha256 or file_sha256(spec.path)
+    return _hash(content)
 
 
 def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the name that a wrong one may have meant."""
+    # Comparing with a hundred thousand names takes a minute; those that share most pairs of letters take a moment.
+    pairs = {name[i : i + 2] for i in range(min(len(name), 80) - 1)}
+    likely = heapq.nlargest(_COMPARED, names, key=lambda other: sum(pair in other for pair in pairs))
+    return next(iter(difflib.get_close_matches(name[:80], likely, n=1, cutoff=0.4)), None)
+
+
 def load_zoo(path: str | Path) -> Zoo:
-    """Read a zoo file; relative paths in it are relative to it.
+    """Read a zoo file, or open a catalogue (``.parquet``); relative paths in it are relative to it.
 
     Weight files are not looked at: one bad teacher does not keep the others from being used, see `check_teacher`.
+    The teachers of a catalogue are read and validated one by one, when they are asked for.
 
     Raises
     ------
     ConfigError
         Naming file, field and remedy.
     """
+    if Path(path).suffix == ".parquet":
+        from pipeline.models.catalogue import Catalogue
+
+        return Catalogue(path)
     data = load_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold `teachers:` with a list, got {type(data).__name__}")
     zoo = validate(ZooFile, data, where=str(path))
     folder = Path(path).absolute().parent
-    return Zoo([_absolute(spec, folder) for spec in zoo.teachers], where=str(path))
+    return Zoo([absolute(spec, folder) for spec in zoo.teachers], where=str(path))
 
 
-def _absolute(spec: TeacherSpec, folder: Path) -> TeacherSpec:
-    if spec.path is None or "://" in spec.path:  # a URI is told of when the teacher is loaded
-        return spec
-    source = spec.source.model_copy(update={"path": str(folder / spec.path)})
-    return spec.model_copy(update={"source": source})
+def absolute(spec: TeacherSpec, folder: Path) -> TeacherSpec:
+    """Return a spec whose paths, which were relative to `folder`, are absolute."""
+    return _moved(spec, lambda path: str(folder / os.path.expanduser(path)))
+
+
+def relative(spec: TeacherSpec, folder: Path) -> TeacherSpec:
+    """Return a spec whose absolute paths are relative to `folder` where they lie under it."""
+    return _moved(spec, lambda path: str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path)
+
+
+def _moved(spec: TeacherSpec, move: Callable[[str], str]) -> TeacherSpec:
+    changed: dict[str, Any] = {}
+    for field in ("source", "examples"):
+        part = getattr(spec, field)
+        # A URI is told of when the teacher is loaded.
+        paths = {key: getattr(part, key, None) for key in ("path", "root")}
+        moved = {key: move(path) for key, path in paths.items() if path is not None and "://" not in path}
+        if moved:
+            changed[field] = part.model_copy(update=moved)
+    return spec.model_copy(update=changed) if changed else spec

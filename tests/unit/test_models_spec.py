@@ -33,6 +33,19 @@ def test_a_good_entry_is_read() -> None:
     assert validate(TeacherSpec, spec.model_dump(mode="json"), where="again") == spec
 
 
+def test_a_card_s_fields_are_read() -> None:
+    source = {"type": "numpy", "path": "a.npz", "classes": ["sandal", "boot", "clog"], "only": ["boot", "sandal"]}
+    spec = validate(TeacherSpec, entry(accuracy=1, examples=source), where="zoo.yaml")
+    assert spec.accuracy == 1.0
+    assert spec.examples.only == ["boot", "sandal"]
+    assert validate(TeacherSpec, spec.model_dump(mode="json"), where="again") == spec
+    bare = validate(TeacherSpec, entry(), where="zoo.yaml")
+    assert bare.accuracy is None and bare.examples is None
+    # Which classes these are is known when the teacher is loaded.
+    for classes in ("mnist", None):
+        assert validate(TeacherSpec, entry(classes=classes, examples=source), where="zoo.yaml").examples is not None
+
+
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a b", "x" * 81])
 def test_unsafe_names_are_refused(name: str) -> None:
     assert "`name`" in problem(entry(name=name))
@@ -53,6 +66,16 @@ def test_unsafe_names_are_refused(name: str) -> None:
         ({"source": {"type": "safetensors", "path": "a", "factory": "os.system"}}, "module:callable"),
         ({"source": {"type": "safetensors", "path": "a", "factory": "a:b.c"}}, "module:callable"),
         ({"source": {"type": "mlflow", "uri": "models:/x/1"}, "sha256": "0" * 64}, "needs a source with a `path`"),
+        ({"accuracy": 1.01}, "`accuracy` is 1.01"),
+        ({"accuracy": -0.1}, "`accuracy` is -0.1"),
+        ({"examples": "a.npz"}, "`examples`"),
+        ({"examples": {"type": "npz", "path": "a"}}, "`examples.type` is 'npz'"),
+        ({"examples": {"type": "numpy", "path": "a", "onyl": []}}, "`examples.onyl` is not a setting; did you mean"),
+        (
+            {"examples": {"type": "numpy", "path": "a", "classes": ["boot", "zebra"]}},
+            "`examples`: class 'zebra' is not among the teacher's `classes`",
+        ),
+        ({"examples": {"type": "numpy", "path": "a", "only": ["clog", "boot"]}}, "`examples`: class 'clog' is not"),
     ],
 )
 def test_errors_name_the_field(changes: dict, message: str) -> None:

@@ -62,14 +62,28 @@ def finite(name: str, value: Tensor) -> Tensor:
 
 
 def ground_cost(M: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-    """Return `M` when it is a finite (C_t, C_s) matrix, of `shape` where that is known, or raise `ValueError`."""
+    """Return `M` when it is a finite (C_t, C_s) matrix without negative entries, of `shape` where that is known.
+
+    Raises
+    ------
+    ValueError
+        With the shape, and the first entry that is not finite or the least that is negative.
+    """
     if M.ndim != 2:
         raise ValueError(f"M must have shape (C_t, C_s), got shape {tuple(M.shape)}")
     if not M.is_floating_point():
         raise ValueError(f"M must be a floating-point tensor, got {M.dtype}")
     if shape is not None and tuple(M.shape) != shape:
         raise ValueError(f"M must have shape {shape} to match the distributions, got shape {tuple(M.shape)}")
-    return finite("M", M.detach())
+    if M.numel() == 0:
+        raise ValueError(f"M must have at least one class on either side, got shape {tuple(M.shape)}")
+    value = M.detach()
+    # As in `distributions`, one synchronisation when all is well. A NaN anywhere is both the least and the largest.
+    least, largest = torch.aminmax(value)
+    if bool(((least >= 0) & (largest < math.inf)).item()):
+        return value
+    finite("M", value)
+    raise ValueError(f"M must not be negative, got {least.item():g} in shape {tuple(M.shape)}")
 
 
 def labels(name: str, y: Tensor, size: int, num_classes: int) -> Tensor:

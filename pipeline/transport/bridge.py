@@ -17,18 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.transport import _checks
-from pipeline.transport.ground_cost import (
-    class_centres,
-    conditional_probabilities,
-    cosine_cost,
-    prototype_cost,
-)
+from pipeline.transport.centres import centre_cost, held_out, whitening
+from pipeline.transport.ground_cost import class_centres, conditional_probabilities, prototype_cost
 
-BridgeKind = Literal["prototype", "conditional", "centres"]
-
-
-# Values of τ that the centres bridge chooses from: cosines lie in [−1, 1], beyond 2 every relation is flat.
-_TEMPERATURES = torch.logspace(-1.5, 0.3, 37)
+BridgeKind = Literal["prototype", "conditional", "centres", "given"]
+_FITTED = ("prototype", "conditional", "centres")
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Bridge:
     Attributes
     ----------
     kind
-        ``"prototype"`` or ``"conditional"``: the label space is that of the teacher's head, L = C_t.
+        ``"prototype"``, ``"conditional"`` or ``"given"``: the label space is that of the teacher's head, L = C_t.
         ``"centres"``: it is the teacher's view of the task, relations to class centres in its embedding, L = C_s.
     temperature
         τ of the softmax that gives p.
@@ -129,7 +122,7 @@ def fit_bridge(
     temperature: float | None = None,
     smoothing: float = 1.0,
     reg: float = 0.05,
-    shrinkage: float = 0.5,
+    ridge: float | None = None,
 ) -> Bridge:
     """Fit a bridge on labelled images.
 
@@ -139,10 +132,10 @@ def fit_bridge(
       class j among them and h̄ the mean of the centres; M_jk = (1 − cos(c_j − h̄, c_k − h̄)) / 2 off the diagonal and 0 on
       it; the plan is the identity. It uses what the teacher sees rather than what it would call it.
 
-    Whitening is by Σ^(−1/2) with Σ = (1 − s) Cov(f) + s (tr Cov(f) / D) I: a specialist's embedding spends most of its
-    variance on its own few classes, and without it the others stay in a corner. τ, where it is not given, is the one
-    with the best leave-one-out likelihood of the labels, so that a teacher which tells the target's classes apart
-    badly is also unsure of them: only then do ambiguities compare between teachers. The three kinds are ours.
+    The features are whitened (`whitening`): a specialist's embedding spends most of its variance on its own few
+    classes, and without that the others stay in a corner. λ and τ, where they are not given, are those with the
+    best likelihood of held-out labels (`held_out`), so that a teacher which tells the target's classes apart badly is
+    also unsure of them: only then do ambiguities compare between teachers. The three kinds are ours.
 
     Parameters
     ----------
@@ -162,8 +155,8 @@ def fit_bridge(
         Of ``"conditional"``, in samples.
     reg
         ε of the plan of ``"prototype"``.
-    shrinkage
-        s of ``"centres"``, in (0, 1]; 1 leaves the features as they are.
+    ridge
+        λ of the whitening of ``"centres"``, see `whitening`; by default chosen with τ.
 
     Raises
     ------
@@ -174,16 +167,16 @@ def fit_bridge(
     ----------
     .. [1] The best unrestricted answer to the transport loss; see `pipeline.transport.sinkhorn.transport_loss`.
     """
-    if kind not in get_args(BridgeKind):
-        raise ValueError(f"kind must be one of {', '.join(get_args(BridgeKind))}, got {kind!r}")
+    if kind not in _FITTED:
+        raise ValueError(f"kind must be one of {', '.join(_FITTED)}, got {kind!r}")
     tau = None if temperature is None else _checks.positive("temperature", temperature)
     if kind == "centres":
-        return _fit_centres(features, labels, num_classes, tau, shrinkage)
+        return _fit_centres(features, labels, num_classes, tau, ridge)
     tau = 1.0 if tau is None else tau
     p = _softmax(logits, None, tau)
     if kind == "conditional":
         plan = conditional_probabilities(p, labels, num_classes, smoothing=smoothing)
-        M = 1 - plan
+        M = (1 - plan).clamp(0, 1)  # as `conditional_cost`
     elif classifier_weight is None:
         raise ValueError("classifier_weight must be given for the prototype bridge, got None")
     else:
@@ -191,6 +184,31 @@ def fit_bridge(
         plan = torch.softmax(-M / _checks.positive("reg", reg), dim=1)
     # One empty tensor each: safetensors refuses two names of the same memory.
     return Bridge(kind, tau, M, plan, features.new_zeros(0), features.new_zeros(0), features.new_zeros(0))
+
+
+def given_bridge(M: Tensor, *, temperature: float | None = None, reg: float = 0.05) -> Bridge:
+    """Return a bridge over a ground cost that took no labels, from `names_cost` or `reference_cost`.
+
+    p = softmax(z / τ) over the teacher's classes; plan = softmax_j(−M_ij / ε), the best unrestricted answer to the
+    transport loss: a class that is related to none of the target's says nothing of them.
+
+    Parameters
+    ----------
+    M : (C_t, C_s) tensor in [0, 1]
+    temperature
+        τ, by default 1.
+    reg
+        ε, in the unit of M.
+
+    Raises
+    ------
+    ValueError
+        For a cost that is negative or not finite, and for τ or ε ≤ 0.
+    """
+    M = _checks.ground_cost(M)
+    tau = 1.0 if temperature is None else _checks.positive("temperature", temperature)
+    plan = torch.softmax(-M / _checks.positive("reg", reg), dim=1)
+    return Bridge("given", tau, M, plan, M.new_zeros(0), M.new_zeros(0), M.new_zeros(0))
 
 
 def pixel_features(images: Tensor, *, grid: int = 14) -> Tensor:
@@ -216,54 +234,20 @@ def pixel_features(images: Tensor, *, grid: int = 14) -> Tensor:
 
 
 def _fit_centres(
-    features: Tensor, labels: Tensor, num_classes: int, temperature: float | None, shrinkage: float
+    features: Tensor, labels: Tensor, num_classes: int, temperature: float | None, ridge: float | None
 ) -> Bridge:
-    if not 0 < shrinkage <= 1:
-        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     class_centres(features, labels, num_classes)  # checks features and labels
-    projection = _whitening(features, shrinkage)
-    embedded = features @ projection
-    centres = class_centres(embedded, labels, num_classes)
-    if temperature is None:
-        temperature = _calibrate(embedded, labels.long(), centres)
+    if temperature is None or ridge is None:
+        found = held_out(features, labels, num_classes, ridge=ridge)
+        ridge, temperature = found.ridge, found.temperature if temperature is None else temperature
+    projection = whitening(features, ridge)
+    centres = class_centres(features @ projection, labels, num_classes)
     origin = centres.mean(0)
     directions = F.normalize(centres - origin, dim=1)
-    M = cosine_cost(directions, directions).fill_diagonal_(0)
+    M = centre_cost(directions)
     plan = torch.eye(num_classes, dtype=M.dtype, device=M.device)
     return Bridge("centres", temperature, M, plan, projection, origin, directions)
-
-
-def _whitening(features: Tensor, shrinkage: float) -> Tensor:
-    """Return Σ^(−1/2), a (D, D) tensor, of the shrunk covariance; the identity for features that do not vary."""
-    width = features.shape[1]
-    centred = (features - features.mean(0)).double()
-    covariance = centred.t() @ centred / len(features)
-    scale = float(covariance.diagonal().mean())
-    identity = torch.eye(width, dtype=torch.float64, device=features.device)
-    if scale <= 0:
-        return identity.to(features)
-    # Scaled to a mean variance of one first: features of any magnitude keep the eigenvalues well within range.
-    values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance / scale + shrinkage * identity)
-    return (vectors @ torch.diag(values.clamp_min(shrinkage).rsqrt()) @ vectors.t() / scale**0.5).to(features)
-
-
-def _calibrate(embedded: Tensor, labels: Tensor, centres: Tensor) -> float:
-    """Return the τ whose softmax of leave-one-out relations gives the labels their highest likelihood."""
-    counts = torch.bincount(labels, minlength=len(centres)).to(embedded)
-    rows = torch.arange(len(labels), device=embedded.device)
-    usable = counts[labels] > 1  # a class's only sample has no centre but itself
-    if not bool(usable.any()):
-        return 0.1
-    rows, own, x = rows[usable], labels[usable], embedded[usable]
-    moved = (counts[own, None] * centres[own] - x) / (counts[own, None] - 1)  # the own centre without the sample
-    shift = (moved - centres[own]) / len(centres)
-    origin = centres.mean(0) + shift
-    relations = torch.stack([F.cosine_similarity(x - origin, centre - origin, dim=1) for centre in centres], dim=1)
-    own_relation = F.cosine_similarity(x - origin, moved - origin, dim=1)
-    relations = relations.scatter(1, own[:, None], own_relation[:, None])
-    losses = torch.stack([F.cross_entropy(relations / float(tau), own) for tau in _TEMPERATURES])
-    return float(_TEMPERATURES[int(losses.argmin())])
 
 
 def _softmax(logits: Tensor | None, classes: int | None, temperature: float) -> Tensor:

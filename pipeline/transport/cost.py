@@ -29,10 +29,11 @@ def transport_cost(p: Tensor, y: Tensor, M: Tensor) -> Tensor:
     Raises
     ------
     ValueError
-        For values that are no distributions, shapes that do not match and labels outside the target's classes.
+        For values that are no distributions, a negative or non-finite cost, shapes that do not match and labels
+        outside the target's classes.
     """
     _checks.distributions("p", p)
-    M = _checks.ground_cost(M, (p.shape[1], M.shape[-1])).to(p)
+    M = _checks.ground_cost(M, (p.shape[1], M.shape[-1] if M.ndim else 0)).to(p)
     y = _checks.labels("y", y, p.shape[0], M.shape[1])
     return (p * M.t()[y]).sum(1)
 
@@ -49,19 +50,16 @@ def transport_gain(p: Tensor, y: Tensor, M: Tensor) -> float:
     p : (B, C_t) tensor
     y : (B,) tensor
     M : (C_t, C_s) tensor
-        Must not be negative.
 
     Raises
     ------
     ValueError
-        As for `transport_cost`, for an empty batch and for a negative cost.
+        As for `transport_cost`, and for an empty batch.
     """
     if p.ndim == 2 and p.shape[0] == 0:
         raise ValueError(f"p must have at least one row, got shape {tuple(p.shape)}")
     p = p.double()
     cost = transport_cost(p, y, M).mean()
-    if float(M.min()) < 0:
-        raise ValueError(f"M must not be negative, got {float(M.min()):g} in shape {tuple(M.shape)}")
     frequencies = torch.bincount(y.long(), minlength=M.shape[1]).to(p) / len(y)
     expected = p.mean(0) @ M.to(p) @ frequencies
     # Where even unrelated labels cost nothing, there is nothing to gain.

@@ -119,7 +119,7 @@ def conditional_probabilities(p: Tensor, y: Tensor, num_classes: int, *, smoothi
 
 def conditional_cost(p: Tensor, y: Tensor, num_classes: int, *, smoothing: float = 1.0) -> Tensor:
     """Return M_ij = 1 − P̂(target class j | teacher class i); see `conditional_probabilities`."""
-    return 1 - conditional_probabilities(p, y, num_classes, smoothing=smoothing)
+    return (1 - conditional_probabilities(p, y, num_classes, smoothing=smoothing)).clamp(0, 1)
 
 
 def reference_cost(teacher_centres: Tensor, target_centres: Tensor) -> Tensor:

@@ -57,13 +57,17 @@ class TransportResult:
     M: Tensor
     reg: float
 
+    @property
+    def potentials(self) -> tuple[Tensor, Tensor]:
+        """The dual potentials (f, g), each unique up to a constant that is added to one and taken from the other."""
+        return self.f, self.g
+
     def plan(self) -> Tensor:
         """Return P, a (B, C_t, C_s) tensor: the only place where one of that size is built."""
         exponent = (self.f[:, :, None] + self.g[:, None, :] - self.M) / self.reg
         return exponent.exp().to(self.cost.dtype)
 
 
-@torch.no_grad()
 def sinkhorn(
     a: Tensor,
     b: Tensor,
@@ -79,7 +83,8 @@ def sinkhorn(
     All rows share M, so that an iteration is two matrix products (B × C_t)(C_t × C_s) [1]_. M is first reduced by its
     row and column minima, which changes the potentials and not the plan. While the reduced M / ε spans less than 30
     the scalings are iterated in float32, below 300 in float64; beyond that the potentials are iterated in the log
-    domain, a slice of the batch at a time. A small ε is approached by halving a larger one (ε-scaling).
+    domain, a slice of the batch at a time. A small ε is approached by halving a larger one (ε-scaling), which takes at
+    most half of the iterations.
 
     Parameters
     ----------
@@ -88,7 +93,7 @@ def sinkhorn(
     b : (B, C_s) tensor
         Rows on the simplex, zeros allowed.
     M : (C_t, C_s) tensor
-        Ground cost.
+        Ground cost, not negative.
     reg
         ε, in the unit of M.
     max_iter
@@ -107,53 +112,64 @@ def sinkhorn(
     ----------
     .. [1] M. Cuturi, "Sinkhorn Distances", NeurIPS 2013. Reduction, choice of precision and fallback are ours.
     """
-    reg = _checks.positive("reg", reg)
-    tol = _checks.positive("tol", tol)
+    M = _check(("a", "b"), a, b, M, reg, max_iter, tol)
+    return _solve(a.detach(), b.detach(), M, float(reg), max_iter=max_iter, tol=tol, warn=warn)
+
+
+def _check(names: tuple[str, str], a: Tensor, b: Tensor, M: Tensor, reg: float, max_iter: int, tol: float) -> Tensor:
+    """Return M detached, or raise `ValueError` for what no solver should be given."""
+    _checks.positive("reg", reg)
+    _checks.positive("tol", tol)
     if max_iter < 1:
         raise ValueError(f"max_iter must be >= 1, got {max_iter}")
-    _checks.distributions("a", a)
-    _checks.distributions("b", b)
+    _checks.distributions(names[0], a)
+    _checks.distributions(names[1], b)
     if a.shape[0] != b.shape[0]:
-        raise ValueError(f"a and b must have as many rows, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    M = _checks.ground_cost(M, (a.shape[1], b.shape[1]))
-    return _solve(a.detach(), b.detach(), M, reg, max_iter=max_iter, tol=tol, warn=warn)
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have as many rows, got shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    return _checks.ground_cost(M, (a.shape[1], b.shape[1]))
 
 
-def _solve(a: Tensor, b: Tensor, M: Tensor, reg: float, *, max_iter: int, tol: float, warn: bool) -> TransportResult:
+def _solve(
+    a: Tensor, b: Tensor, M: Tensor, reg: float, *, max_iter: int, tol: float, warn: bool, cost: bool = True
+) -> TransportResult:
+    # `cost` says whether the cost is asked for: it takes one more product, and is NaN without.
     # An autocast region would run the products in bfloat16, whose 8 bits no marginal survives.
-    with torch.autocast(device_type=a.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(device_type=a.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         M = M.to(dtype)
         rows = M.amin(1)
-        columns = (M - rows[:, None]).amin(0)
-        reduced = M - rows[:, None] - columns
+        reduced = M - rows[:, None]
+        columns = reduced.amin(0)
+        reduced.sub_(columns)
         span = float(reduced.max()) / reg
         work = torch.float64 if span > _RANGE_SINGLE else dtype
         a_, b_, reduced = _normalised(a.to(work)), _normalised(b.to(work)), reduced.to(work)
         log_a, log_b = _log(a_), _log(b_)
 
-        g = torch.zeros_like(b_)
-        error = torch.zeros_like(a_[:, 0])
-        f = torch.zeros_like(a_)
-        expected = torch.zeros_like(b_)
-        iterations = 0
-        converged = False
-        for step_reg in _schedule(reg, span):
-            last = step_reg == reg
-            limit = max_iter - iterations if last else min(20, max_iter - iterations)
-            if limit < 1:
-                break
+        def iterate(step_reg: float, g: Tensor, limit: int, tol: float, cost: bool) -> _Iterated:
             log_domain = span * reg / step_reg > (_RANGE_SINGLE if work == torch.float32 else _RANGE_DOUBLE)
-            iterate = _iterate_logs if log_domain else _iterate_scalings
-            f, g, error, expected, used = iterate(
-                a_, b_, log_a, log_b, reduced, step_reg, g, limit, tol if last else max(tol, 1e-2)
-            )
+            method = _iterate_logs if log_domain else _iterate_scalings
+            return method(a_, b_, log_a, log_b, reduced, step_reg, g, limit, tol, cost)
+
+        g = torch.zeros_like(b_)
+        iterations = 0
+        larger = _larger_regs(reg, span)
+        # Half of the iterations at least are kept for ε itself.
+        limit = min(20, max_iter // (2 * len(larger))) if larger else 0
+        for step_reg in larger if limit else ():
+            _, g, _, _, used = iterate(step_reg, g, limit, max(tol, 1e-2), False)
             iterations += used
-            converged = last and bool((error <= tol).all().item())
+        f, g, error, expected, used = iterate(reg, g, max_iter - iterations, tol, cost)
+        iterations += used
+        converged = bool((error <= tol).all().item())
         f, g = f + rows.to(work), g + columns.to(work)
-        # Column j carries mass b_j at the mean cost `expected`; both reductions are added back.
-        cost = (b_ * (expected + columns)).sum(1) + (a_ * rows).sum(1)
         objective = (f * a_).sum(1) + (g * b_).sum(1) - reg
+        # Column j carries mass b_j at the mean cost `expected`; both reductions are added back.
+        linear = torch.full_like(objective, math.nan)
+        if expected is not None:
+            linear = (b_ * (expected + columns)).sum(1) + (a_ * rows).sum(1)
     if warn and not converged and len(error):
         warnings.warn(
             f"sinkhorn stopped after {iterations} iterations with a marginal error of {float(error.max()):.1e} "
@@ -162,7 +178,7 @@ def _solve(a: Tensor, b: Tensor, M: Tensor, reg: float, *, max_iter: int, tol: f
             stacklevel=3,
         )
     return TransportResult(
-        cost=cost.to(dtype),
+        cost=linear.to(dtype),
         objective=objective.to(dtype),
         f=f,
         g=g,
@@ -174,10 +190,10 @@ def _solve(a: Tensor, b: Tensor, M: Tensor, reg: float, *, max_iter: int, tol: f
     )
 
 
-def _schedule(reg: float, span: float) -> list[float]:
-    """Return the values of ε to pass through: halvings that end in `reg`, one value when M / ε spans little."""
+def _larger_regs(reg: float, span: float) -> list[float]:
+    """Return the values of ε to pass through on the way to `reg`: halvings, none when M / ε spans little."""
     halvings = max(0, math.ceil(math.log2(max(span, 1e-9) / _RANGE_SINGLE)))
-    return [reg * 2.0**k for k in range(halvings, 0, -1)] + [reg]
+    return [reg * 2.0**k for k in range(halvings, 0, -1)]
 
 
 def _normalised(p: Tensor) -> Tensor:
@@ -190,42 +206,63 @@ def _log(p: Tensor) -> Tensor:
     return p.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
+# f, g, the marginal error, each target class's mean cost (where it is asked for), and the iterations used.
+_Iterated = tuple[Tensor, Tensor, Tensor, Tensor | None, int]
+
+
 def _iterate_scalings(
-    a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor, M: Tensor, reg: float, g: Tensor, limit: int, tol: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Iterate u = a / (K v), v = b / (Kᵀ u) with K = exp(−M / ε); see `_solve` for what is returned."""
-    K = torch.exp(-M / reg)
-    K_t = K.t().contiguous()
-    v = torch.exp((g - g.amax(1, keepdim=True)) / reg)
-    Kv = v @ K_t
+    a: Tensor,
+    b: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
+    M: Tensor,
+    reg: float,
+    g: Tensor,
+    limit: int,
+    tol: float,
+    cost: bool,
+) -> _Iterated:
+    """Iterate u = a / (K v), v = b / (Kᵀ u) with K = exp(−M / ε)."""
+    # Everything the size of a batch or of M is allocated once: at the sizes of a large label space, fresh memory
+    # takes as long as the arithmetic in it.
+    K = torch.mul(M, -1 / reg).exp_()
+    v = torch.sub(g, g.amax(1, keepdim=True)).div_(reg).exp_()
+    Kv, u, uK = v @ K.t(), torch.empty_like(a), torch.empty_like(b)
     error = a.new_zeros(a.shape[0])
     used = 0
     for used in range(1, limit + 1):
-        u = a / Kv
-        uK = u @ K
-        v = b / uK
-        Kv = v @ K_t
+        torch.div(a, Kv, out=u)
+        torch.mm(u, K, out=uK)
+        torch.div(b, uK, out=v)
+        torch.mm(v, K.t(), out=Kv)
         if used % _CHECK_EVERY == 0 or used == limit:
-            error = (u * Kv - a).abs().sum(1)
+            error = u.mul_(Kv).sub_(a).abs_().sum(1)
             if bool((error <= tol).all().item()):
                 break
-    u = a / Kv
-    uK = u @ K
-    f = reg * (log_a - Kv.log())
-    g = reg * (log_b - uK.log())
-    expected = (u @ (K * M)) / uK
-    return f, g, error, expected, used
+    torch.div(a, Kv, out=u)
+    torch.mm(u, K, out=uK)
+    expected = (u @ K.mul_(M)).div_(uK) if cost else None
+    return Kv.log_().neg_().add_(log_a).mul_(reg), uK.log_().neg_().add_(log_b).mul_(reg), error, expected, used
 
 
 def _iterate_logs(
-    a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor, M: Tensor, reg: float, g: Tensor, limit: int, tol: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    a: Tensor,
+    b: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
+    M: Tensor,
+    reg: float,
+    g: Tensor,
+    limit: int,
+    tol: float,
+    cost: bool,
+) -> _Iterated:
     """Iterate the potentials themselves by log-sum-exp, slices of the batch at a time."""
     size = max(1, _CHUNK // M.numel())
     error = a.new_zeros(a.shape[0])
     f = torch.zeros_like(a)
     g = g.clone()
-    expected = torch.zeros_like(b)
+    expected = torch.zeros_like(b) if cost else None
     used = 0
     for start in range(0, a.shape[0], size):
         part = slice(start, start + size)
@@ -244,14 +281,15 @@ def _iterate_logs(
         inner = (f_part[:, :, None] - M) / reg
         total = torch.logsumexp(inner, dim=1)
         f[part], g[part] = f_part, reg * (log_b[part] - total)
-        expected[part] = (torch.exp(inner - total[:, None, :]) * M).sum(1)
+        if expected is not None:
+            expected[part] = (torch.exp(inner - total[:, None, :]) * M).sum(1)
     return f, g, error, expected, used
 
 
 class _TransportLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, q, M, reg, max_iter, tol, warn):
-        result = _solve(p.detach(), q.detach(), M.detach(), reg, max_iter=max_iter, tol=tol, warn=warn)
+        result = _solve(p.detach(), q.detach(), M, reg, max_iter=max_iter, tol=tol, warn=warn, cost=False)
         # Adding a constant to f and taking it from g changes nothing: only differences along the simplex count.
         ctx.save_for_backward(result.f - result.f.mean(1, keepdim=True), result.g - result.g.mean(1, keepdim=True))
         ctx.dtypes = p.dtype, q.dtype
@@ -291,7 +329,7 @@ def transport_loss(
     q : (B, C_s) tensor
         The student's distributions over the target's classes.
     M : (C_t, C_s) tensor
-        Ground cost, a constant.
+        Ground cost, not negative, a constant.
     reg
         ε, in the unit of M.
     reduction
@@ -310,13 +348,8 @@ def transport_loss(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    reg = _checks.positive("reg", reg)
-    _checks.distributions("p", p)
-    _checks.distributions("q", q)
-    if p.shape[0] != q.shape[0]:
-        raise ValueError(f"p and q must have as many rows, got shapes {tuple(p.shape)} and {tuple(q.shape)}")
-    M = _checks.ground_cost(M, (p.shape[1], q.shape[1]))
-    loss = _TransportLoss.apply(p, q, M, reg, max_iter, tol, warn)
+    M = _check(("p", "q"), p, q, M, reg, max_iter, tol)
+    loss = _TransportLoss.apply(p, q, M, float(reg), max_iter, tol, warn)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.mean()

@@ -76,10 +76,25 @@ def test_uniform_marginals_solve_the_assignment_problem():
     assert result.plan()[0].argmax(1).tolist() == columns.tolist()
 
 
-def test_identical_distributions_cost_nothing_under_a_zero_diagonal():
-    a = torch.softmax(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), 1)
-    result = sinkhorn(a, a, 1 - torch.eye(6), 0.02, max_iter=5000)
-    assert float(result.cost.abs().max()) < 1e-5
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 7), st.integers(1, 7), st.sampled_from([0.02, 0.1, 1.0]))
+def test_the_plan_has_the_marginals(seed, teacher, target, reg):
+    a, b, M = problem(seed, teacher=teacher, target=target)
+    plan = sinkhorn(a, b, M, reg, max_iter=20_000).plan()
+    assert float(plan.min()) >= 0
+    torch.testing.assert_close(plan.sum(2), a, atol=2e-5, rtol=0)
+    torch.testing.assert_close(plan.sum(1), b, atol=2e-5, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 6))
+def test_identical_distributions_cost_nothing_under_a_zero_diagonal(seed, classes):
+    a, _, M = problem(seed, teacher=classes, target=classes, dtype=torch.float64)
+    M = 0.2 + (M + M.t()) / 2
+    M.fill_diagonal_(0)
+    results = [sinkhorn(a, a, M, reg, max_iter=20_000) for reg in (0.3, 0.1, 0.03, 0.015)]
+    costs = torch.stack([result.cost for result in results])
+    assert float(costs.diff(dim=0).max()) < 1e-5 and float(costs[-1].max()) < 1e-5
 
 
 @settings(max_examples=25, deadline=None)
@@ -92,6 +107,8 @@ def test_permuting_classes_permutes_the_plan(seed, reg):
     moved = sinkhorn(a[:, i], b[:, j], M[i][:, j], reg)
     torch.testing.assert_close(moved.cost, plain.cost, atol=1e-4, rtol=0)
     torch.testing.assert_close(moved.plan(), plain.plan()[:, i][:, :, j], atol=1e-4, rtol=0)
+    f, g = plain.potentials
+    torch.testing.assert_close(moved.potentials, (f[:, i], g[:, j]), atol=1e-3, rtol=0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -99,8 +116,8 @@ def test_permuting_classes_permutes_the_plan(seed, reg):
 def test_a_larger_cost_never_has_a_smaller_objective(seed):
     a, b, M = problem(seed, dtype=torch.float64)
     more = M + torch.rand(M.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    low, high = (sinkhorn(a, b, cost, 0.1, max_iter=5000).objective for cost in (M, more))
-    assert bool((high >= low - 1e-4).all())
+    low, high = (sinkhorn(a, b, cost, 0.1, max_iter=5000, tol=1e-9).objective for cost in (M, more))
+    assert bool((high >= low - 1e-9).all())
 
 
 def test_one_hot_target_forces_the_plan():
@@ -123,6 +140,34 @@ def test_a_batch_equals_its_rows():
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("reg", [1.0, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_reg_from_a_thousandth_of_the_cost_on_is_solved_in_every_type(dtype, reg, scale):
+    a, b, M = (x.to(dtype) for x in problem(dtype=torch.float64))
+    M = scale * M
+    wide = [x.double() / x.double().sum(1, keepdim=True) for x in (a, b)]
+    result = sinkhorn(a, b, M, reg * scale, max_iter=20_000, tol=1e-4)
+    assert result.converged and result.cost.dtype == torch.promote_types(dtype, torch.float32)
+    # The reference solves the same rounded input, in float64 throughout.
+    expected = sinkhorn(*wide, M.double(), reg * scale, max_iter=20_000, tol=1e-4)
+    torch.testing.assert_close(result.cost.double(), expected.cost, atol=2e-4 * scale, rtol=0)
+    q = b.clone().requires_grad_()
+    transport_loss(a, q, M, reg * scale).backward()
+    assert q.grad.dtype == dtype and bool(torch.isfinite(q.grad).all())
+
+
+@pytest.mark.parametrize(("teacher", "target"), [(1, 4), (5, 1), (1, 1)])
+def test_one_class_on_a_side_leaves_one_plan(teacher, target):
+    a, b, M = problem(teacher=teacher, target=target)
+    result = sinkhorn(a, b, M, 0.05)
+    torch.testing.assert_close(result.plan(), a[:, :, None] * b[:, None, :], atol=1e-6, rtol=0)
+    torch.testing.assert_close(result.cost, (a @ M * b).sum(1), atol=1e-6, rtol=0)
+    p, q = a.clone().requires_grad_(), b.clone().requires_grad_()
+    transport_loss(p, q, M, 0.05).backward()
+    assert bool(torch.isfinite(p.grad).all() and torch.isfinite(q.grad).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_input_is_solved_in_single(dtype):
     a, b, M = problem()
@@ -139,11 +184,24 @@ def test_autocast_does_not_lower_the_precision():
     assert torch.equal(plain, inside)
 
 
+@pytest.mark.parametrize("max_iter", [1, 30, 150])
+def test_a_limit_that_comes_early_still_gives_a_solution_at_the_reg_asked_for(max_iter):
+    # M / ε spans several hundred: larger values of ε come first, and must not take all the iterations.
+    a, b, M = problem()
+    result = sinkhorn(a, b, M, 0.002, max_iter=max_iter, warn=False)
+    assert result.iterations <= max_iter
+    plan = result.plan()
+    torch.testing.assert_close(plan.sum(1), b, atol=1e-5, rtol=0)
+    torch.testing.assert_close((plan.sum(2) - a).abs().sum(1), result.marginal_error, atol=2e-2, rtol=0.2)
+    # The cost takes the marginals at their word, so that it is off by what they are.
+    assert bool((((plan * M).sum((1, 2)) - result.cost).abs() <= result.marginal_error + 1e-5).all())
+
+
 def test_no_convergence_warns_and_says_so():
     a, b, M = problem()
-    with pytest.warns(ConvergenceWarning, match="raise max_iter"):
+    with pytest.warns(ConvergenceWarning, match="raise max_iter") as caught:
         result = sinkhorn(a, b, M, 0.01, max_iter=2)
-    assert not result.converged
+    assert not result.converged and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sinkhorn(a, b, M, 0.01, max_iter=2, warn=False)
@@ -161,21 +219,32 @@ def test_empty_batch():
         ({"reg": 0.0}, "reg must be a finite number > 0, got 0.0"),
         ({"reg": float("nan")}, "reg must be"),
         ({"max_iter": 0}, "max_iter must be >= 1, got 0"),
-        ({"a": torch.full((6, 5), 0.3)}, r"rows of a must sum to 1, got a sum of 1.5 in shape \(6, 5\)"),
-        ({"a": torch.full((6, 5), float("nan"))}, "a must be finite, got nan"),
-        ({"b": torch.tensor([[1.5, -0.5, 0, 0]] * 6)}, "b must not be negative, got -0.5"),
-        ({"b": torch.full((5, 4), 0.25)}, "as many rows"),
+        ({"a": torch.full((6, 5), 0.3)}, r"rows of {a} must sum to 1, got a sum of 1.5 in shape \(6, 5\)"),
+        ({"a": torch.full((6, 5), float("nan"))}, "{a} must be finite, got nan"),
+        ({"b": torch.tensor([[1.5, -0.5, 0, 0]] * 6)}, "{b} must not be negative, got -0.5"),
+        ({"b": torch.full((5, 4), 0.25)}, r"{a} and {b} must have as many rows, got shapes \(6, 5\) and \(5, 4\)"),
         ({"b": torch.full((6, 3), 1 / 3)}, r"M must have shape \(5, 3\).*got shape \(5, 4\)"),
         ({"M": torch.full((5, 4), float("inf"))}, "M must be finite, got inf"),
-        ({"a": torch.full((5,), 0.2)}, r"a must have shape \(B, C\)"),
+        ({"M": torch.full((5, 4), float("nan"))}, "M must be finite, got nan"),
+        ({"M": torch.tensor([[0.1, 0.2, 0.3, -0.25]] * 5)}, r"M must not be negative, got -0.25 in shape \(5, 4\)"),
+        ({"M": torch.ones(5, 4, dtype=torch.int64)}, "M must be a floating-point tensor, got torch.int64"),
+        ({"M": torch.ones(5)}, r"M must have shape \(C_t, C_s\), got shape \(5,\)"),
+        ({"reg": -1.0}, "reg must be a finite number > 0, got -1.0"),
+        ({"tol": 0.0}, "tol must be a finite number > 0, got 0.0"),
+        ({"b": torch.full((6, 4), float("inf"))}, "{b} must be finite, got inf"),
+        ({"b": torch.zeros(6, 0)}, "{b} must have at least 1 classes"),
+        ({"a": torch.full((5,), 0.2)}, r"{a} must have shape \(B, C\)"),
         ({"a": torch.ones(6, 1, dtype=torch.int64)}, "floating-point"),
     ],
 )
 def test_bad_input_is_named(change, message):
     a, b, M = problem()
-    arguments = {"a": a, "b": b, "M": M, "reg": 0.1} | change
-    with pytest.raises(ValueError, match=message):
-        sinkhorn(**arguments)
+    a, b, M, *rest = ({"a": a, "b": b, "M": M, "reg": 0.1, "max_iter": 10, "tol": 1e-3} | change).values()
+    reg, max_iter, tol = rest
+    with pytest.raises(ValueError, match=message.format(a="a", b="b")):
+        sinkhorn(a, b, M, reg, max_iter=max_iter, tol=tol)
+    with pytest.raises(ValueError, match=message.format(a="p", b="q")):
+        transport_loss(a, b, M, reg, max_iter=max_iter, tol=tol)
 
 
 @pytest.mark.parametrize("reg", [0.5, 0.05])
@@ -201,6 +270,26 @@ def test_gradients_of_the_loss_equal_finite_differences(reg):
                 down = loss(zp, zq).item()
                 z[index] = kept
             assert gradient[index].item() == pytest.approx((up - down) / (2 * step), abs=1e-7)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1.0, 0.1, 0.02]))
+def test_gradients_along_the_simplex_equal_finite_differences(seed, reg):
+    a, b, M = problem(seed, sharpness=0.7, dtype=torch.float64)
+    p, q = a.clone().requires_grad_(), b.clone().requires_grad_()
+    options = {"max_iter": 20_000, "tol": 1e-13}
+    transport_loss(p, q, M, reg, "sum", **options).backward()
+    g = torch.Generator().manual_seed(seed)
+    for side, gradient in ((0, p.grad), (1, q.grad)):
+        direction = torch.randn((a, b)[side].shape, generator=g, dtype=torch.float64)
+        direction -= direction.mean(1, keepdim=True)
+        step = 1e-5 * (a, b)[side].min() * direction / direction.abs().max()
+        up, down = (
+            transport_loss(*((x + sign * step if k == side else x) for k, x in enumerate((a, b))), M, reg, **options)
+            for sign in (1, -1)
+        )
+        slope = float(len(a) * (up - down) / 2)
+        assert float((gradient * step).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-13)
 
 
 def test_gradient_is_centred_and_scaled_by_what_comes_from_above():

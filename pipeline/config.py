@@ -42,7 +42,7 @@ class TaskSettings(StrictModel):
 class ZooSettings(StrictModel):
     """The repository of teachers."""
 
-    path: str = Field(description="the zoo file (YAML)")
+    path: str = Field(description="the zoo: a YAML file, or a Parquet catalogue (`faculty zoo pack`)")
     only: tuple[str, ...] | None = Field(None, description="assess these teachers alone; null: all")
     trusted_factories: tuple[str, ...] = Field(
         TRUSTED_FACTORIES,
@@ -70,11 +70,60 @@ class BridgeSettings(StrictModel):
     )
 
 
+class NamesSettings(StrictModel):
+    """How names of classes are compared, see `pipeline.transport.names`."""
+
+    path: str | None = Field(None, description="word vectors (GloVe's text format); null: by their spelling alone")
+
+
+class ClassLevelSettings(StrictModel):
+    """The search's lowest rung: label spaces are compared, and no teacher is run."""
+
+    cost: Literal["names", "reference"] = Field(
+        "names",
+        description="between names of classes, or between centres that teacher cards carry (`faculty zoo cards`)",
+    )
+    keep: float = Field(0.5, gt=0, le=1, description="share of the zoo that stays; teachers without a card stay, too")
+
+
+class SearchSettings(StrictModel):
+    """Which teachers see how much of the task, see `pipeline.assessment.halving`."""
+
+    rungs: tuple[float, ...] = Field((0.25, 1.0), description="shares of the labelled images, rising to 1")
+    eta: float = Field(4.0, ge=1, description="a rung passes one in eta on")
+    least: int = Field(16, ge=1, description="teachers that see all images at least; a zoo no larger is not thinned")
+    class_level: ClassLevelSettings | None = Field(None, description="null: every teacher is run")
+
+    @model_validator(mode="after")
+    def _rising(self) -> SearchSettings:
+        shares = self.rungs
+        if not shares or shares[-1] != 1 or min(shares) <= 0 or list(shares) != sorted(set(shares)):
+            raise ValueError(f"`rungs` must rise from above 0 to 1, got {list(shares)}")
+        return self
+
+
+Score = Literal["knn", "leep", "nce", "logme", "h_score", "gbc", "otce", "source_accuracy", "num_parameters"]
+
+
 class AssessSettings(StrictModel):
     """How teachers are scored."""
 
     bridge: BridgeSettings = BridgeSettings()
+    search: SearchSettings = SearchSettings()
+    names: NamesSettings = NamesSettings()
+    reference: str | None = Field(
+        None, description="a teacher of the zoo whose features `class_level.cost: reference` compares; null: pixels"
+    )
+    scores: tuple[Score, ...] = Field(
+        ("knn", "leep"), description="scores of the literature to report beside the transport scores"
+    )
     neighbours: int = Field(5, ge=1, description="k of the k-NN score")
+    unlabelled: int = Field(512, ge=2, description="images to look at where the task has no labels")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="of the forward passes; auto: bf16 on a GPU that has it; half precision only where a first batch "
+        "says that it is safe",
+    )
     batch_size: int = Field(256, ge=1)
     resources: TrialResources = TrialResources()
 

@@ -82,6 +82,10 @@ class Selection:
         Of the chosen set; the reference's score when it is empty.
     reference_score
         Of what needs no teacher.
+    score_interval
+        The central 90 % of the score's bootstrap distribution over the validation images.
+    advantage_interval
+        Likewise of the set's score less the reference's, pair by pair; of the greedy set where it was rejected.
     confidence
         Share of resamples in which the greedy set is better than the reference.
     coverage : (C_s,) tensor
@@ -96,6 +100,8 @@ class Selection:
     best_single: str | None
     score: float
     reference_score: float
+    score_interval: tuple[float, float]
+    advantage_interval: tuple[float, float]
     confidence: float
     coverage: Tensor
     shares: dict[str, float]
@@ -169,6 +175,10 @@ def select_set(
     def surety(difference: Tensor, least: float) -> float:
         return float((difference[resamples].mean(1) > least).double().mean())
 
+    def interval(samples: Tensor) -> tuple[float, float]:
+        low, high = torch.quantile(samples[resamples].mean(1), torch.tensor([0.05, 0.95], dtype=torch.float64))
+        return float(low), float(high)
+
     def scores(names: list[str]) -> Tensor:
         return assign(torch.stack([votes[name] for name in names])).target[rows, y]
 
@@ -229,6 +239,8 @@ def select_set(
         best_single=best_single,
         score=float(final.mean()),
         reference_score=float(without.mean()),
+        score_interval=interval(final),
+        advantage_interval=interval(current - without),
         confidence=overall,
         coverage=coverage,
         shares=shares,

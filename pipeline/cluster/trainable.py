@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,38 +17,68 @@ from pipeline.engine.checkpoint import plain
 
 Row = dict[str, Any]
 
-_ROW = "faculty_row"  # apart from the many keys that Tune adds to a result
+ROW = "faculty_row"  # apart from the many keys that Tune adds to a result
 
 
 class Assessment(tune.Trainable):
-    """Calls the function once; the process then serves the next trial, with torch and the like already imported."""
+    """Calls the function once a rung; the process then serves the next trial, with torch and the like imported."""
 
-    def setup(self, config: Row, function: bytes, payloads: dict[str, bytes]) -> None:  # type: ignore[override]
+    def setup(  # type: ignore[override]
+        self,
+        config: Row,
+        function: bytes,
+        payloads: dict[str, bytes],
+        rungs: int | None = None,
+        shared: Any = None,
+    ) -> None:
         """Take what all trials share."""
         self._function = function
         self._payloads = payloads
+        self._rungs = rungs
+        self._shared = {} if shared is None else {"shared": shared}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._rung = 0
+        self._seconds = 0.0
 
     def step(self) -> Row:
-        """Run the trial to its end."""
+        """Run the trial to its end, or to the end of a rung."""
         name = self.config["name"]
+        keywords = self._shared | ({} if self._rungs is None else {"rung": self._rung})
         row: Row
         with Meter() as meter:
             try:
-                function: Callable[[Any], Row] = cloudpickle.loads(self._function)
-                row = plain(function(cloudpickle.loads(self._payloads[name])))
+                function: Callable[..., Row] = cloudpickle.loads(self._function)
+                row = plain(function(cloudpickle.loads(self._payloads[name]), **keywords))
             except Exception as error:
                 row = {
                     "error": one_line(error),
                     "error_type": type(error).__name__,
                     "traceback": traceback.format_exc(),
                 }
-        row |= {"seconds": meter.seconds, "peak_mb": meter.peak_mb}
+        self._seconds += meter.seconds
+        row |= {"seconds": self._seconds, "peak_mb": meter.peak_mb}
         if meter.peak_gpu_mb is not None:
             row["peak_gpu_mb"] = meter.peak_gpu_mb
-        return {_ROW: row, "done": True}
+        if self._rungs is not None:
+            row["rung"] = self._rung
+            self._rung += 1
+        return {ROW: row, "done": "error" in row or self._rungs is None or self._rung == self._rungs}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Keep where a trial stands that waits between two rungs; what it computed, it keeps itself."""
+        state = {"rung": self._rung, "seconds": self._seconds}
+        (Path(checkpoint_dir) / "rung.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Go on where the trial stood."""
+        state = json.loads((Path(checkpoint) / "rung.json").read_text(encoding="utf-8"))
+        self._rung, self._seconds = state["rung"], state["seconds"]
 
     def reset_config(self, new_config: Row) -> bool:
         """Agree to serve another trial: nothing of the last one is kept."""
+        self._begin()
         return True
 
 
@@ -56,29 +87,33 @@ class Refused(BaseException):
 
 
 class DeliveryCallback(tune.Callback):
-    """Hands every trial's row over as soon as it has ended."""
+    """Hands every trial's row over as soon as it has ended, with the reason if it was ended before its last rung."""
 
-    def __init__(self, deliver: Callable[[str, Row], None]) -> None:
+    def __init__(self, deliver: Callable[[str, Row], None], reasons: dict[str, str]) -> None:
         self.error: Exception | None = None
         self._deliver = deliver
+        self._reasons = reasons
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune saves its callbacks with the experiment; what the driver does with a row stays in the driver.
-        return {"error": None, "_deliver": None}
+        return {"error": None, "_deliver": None, "_reasons": {}}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Deliver the row of a trial that ran to its end."""
-        if _ROW in trial.last_result:
-            self._hand_over(trial, dict(trial.last_result[_ROW]))
+        if ROW in trial.last_result:
+            self._hand_over(trial, dict(trial.last_result[ROW]))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Deliver a row for a trial that Tune has given up."""
         self._hand_over(trial, _given_up(trial))
 
     def _hand_over(self, trial: Any, row: Row) -> None:
+        name = trial.config["name"]
+        if name in self._reasons:
+            row["dropped"] = self._reasons[name]
         try:
             if self.error is None:
-                self._deliver(trial.config["name"], row)
+                self._deliver(name, row)
         except Exception as error:
             self.error = error
             raise Refused from error

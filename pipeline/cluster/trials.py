@@ -33,7 +33,7 @@ class TrialItem:
 
 
 def run_trials(
-    function: Callable[[Any], Row],
+    function: Callable[..., Row],
     items: Sequence[TrialItem],
     *,
     storage: str | Path,
@@ -43,6 +43,8 @@ def run_trials(
     max_failures: int = 1,
     on_result: Callable[[str, Row], None] | None = None,
     done: dict[str, Row] | None = None,
+    climbing: Sequence[int] | None = None,
+    shared: Any = None,
     verbose: bool = False,
 ) -> dict[str, Row]:
     """Call ``function(item.payload)`` for every item and gather the rows.
@@ -67,6 +69,12 @@ def run_trials(
         that a driver that was killed loses nothing but the trials that were running.
     done : dict, optional
         Rows of trials that need not run again; they are returned with the others and not announced.
+    climbing : sequence of int, optional
+        Search by successive halving: ``function(payload, rung=r)`` is called with r = 0, 1, …, len(climbing), and only
+        the `climbing[r]` trials with the highest ``row["score"]`` go on from rung r. The function keeps by itself what
+        a later rung can use. Rows get ``rung``, the last one run, and ``dropped``, why it was the last.
+    shared : object, optional
+        What every call gets as ``shared=``, once for each node: arrays in it are in shared memory, read-only.
     verbose : bool
         Show Tune's progress table.
 
@@ -104,41 +112,50 @@ def run_trials(
             if on_result is not None:
                 on_result(name, row)
 
-        _tune(function, missing, wanted, concurrent, store, max_failures, deliver, verbose)
+        _tune(function, missing, wanted, concurrent, store, max_failures, deliver, climbing, shared, verbose)
         for name in (item.name for item in missing if item.name not in rows):
             deliver(name, {"error": "the trial ended without a result", "error_type": "StageError"})
     return {name: rows[name] for name in names}
 
 
 def _tune(
-    function: Callable[[Any], Row],
+    function: Callable[..., Row],
     items: list[TrialItem],
     resources: dict[str, float],
     concurrent: int,
     store: CheckpointStore,
     max_failures: int,
     deliver: Callable[[str, Row], None],
+    climbing: Sequence[int] | None,
+    shared: Any,
     verbose: bool,
 ) -> None:
     with calm(verbose):
         from ray import cloudpickle, tune
 
+        from pipeline.assessment.halving import Standing
+        from pipeline.cluster.halving import HalvingScheduler, PausingGenerator
         from pipeline.cluster.trainable import Assessment, DeliveryCallback
 
-        callback = DeliveryCallback(deliver)
+        scheduler = None if climbing is None else HalvingScheduler(Standing(len(items), climbing))
+        callback = DeliveryCallback(deliver, {} if scheduler is None else scheduler.reasons)
         trainable = tune.with_resources(
             tune.with_parameters(
                 Assessment,
                 # Pickled here and unpickled in the trial: a module that a worker lacks is then an error of the trial.
                 function=cloudpickle.dumps(function),
                 payloads={item.name: cloudpickle.dumps(item.payload) for item in items},
+                rungs=None if climbing is None else len(climbing) + 1,
+                shared=shared,
             ),
             tune.PlacementGroupFactory([resources]),
         )
         tuner = tune.Tuner(
             trainable,
             param_space={"name": tune.grid_search([item.name for item in items])},
-            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=concurrent, num_samples=1),
+            tune_config=tune.TuneConfig(
+                reuse_actors=True, search_alg=PausingGenerator(max_concurrent=concurrent), scheduler=scheduler
+            ),
             run_config=tune.RunConfig(
                 name=store.root.rsplit("/", 1)[-1],
                 storage_path=store.uri.rsplit("/", 1)[0],

@@ -168,23 +168,28 @@ class SplitSpec(StrictModel):
     Attributes
     ----------
     train_labelled, probe, validation : int
-        Samples a class.
+        Samples a class; all three 0 for a task without labels.
     train_unlabelled : int or None
         Samples in total, whose labels are not stored; None: all that no other split asks for.
     test : int or None
-        Samples a class; None: all that no other split asks for, or all of the test source.
+        Samples a class; None: all that no other split asks for, or all of the test source; 0 for a task without labels.
     """
 
-    train_labelled: int = Field(default=10, ge=1)
+    train_labelled: int = Field(default=10, ge=0)
     train_unlabelled: int | None = Field(default=None, ge=0)
-    probe: int = Field(default=10, ge=1)
-    validation: int = Field(default=10, ge=1)
-    test: int | None = Field(default=100, ge=1)
+    probe: int = Field(default=10, ge=0)
+    validation: int = Field(default=10, ge=0)
+    test: int | None = Field(default=100, ge=0)
 
     def problem(self, *, test_source: bool) -> str | None:
         """Say in one line why these numbers can't be met whatever the data; None if they can."""
         if self.train_unlabelled is None and self.test is None and not test_source:
             return "`train_unlabelled` and `test` can't both take the rest; give one of them a number"
+        without = [name for name in ("train_labelled", "probe", "validation") if getattr(self, name) == 0]
+        if 0 < len(without) < 3:
+            return f"`{without[0]}` is 0; train_labelled, probe and validation are all above 0, or all 0 (no labels)"
+        if self.test == 0 and not without:
+            return "`test` is 0; give at least 1 a class, or null for all of the rest"
         return None
 
 

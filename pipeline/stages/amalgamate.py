@@ -10,9 +10,9 @@ from typing import Any
 
 from pipeline.errors import StageError
 from pipeline.stages.artefacts import digest_of
-from pipeline.stages.assess import TeacherJob, load_bridge, teacher_folder
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.ingest import table_path
+from pipeline.stages.teachers import TeacherJob, load_bridge, teacher_folder
 
 _NONE = "none"
 

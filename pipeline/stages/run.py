@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.models.zoo import Zoo
 
 STAGES: tuple[Stage, ...] = (Ingest(), Assess(), Select(), Amalgamate(), Distill(), Evaluate(), Register())
+_WITHOUT_LABELS = ("ingest", "assess", "select")
 
 
 def run_pipeline(
@@ -47,6 +48,7 @@ def run_pipeline(
     """
     display, zoo, files = display or Display(), _zoo(settings), RunFolder(settings.run_dir)
     wanted = [stage for stage in STAGES[: 1 + _position(until)] if _enabled(stage, settings)]
+    _check_labels(settings, wanted)
     _check_registry(settings, wanted, files)
     files.prepare()
     with files.lock():
@@ -86,6 +88,16 @@ def show_status(settings: Settings, *, until: str = "register", display: Display
         found.append(status)
     tables.status(display, settings, found)
     return found
+
+
+def _check_labels(settings: Settings, wanted: list[Stage]) -> None:
+    """Refuse to train on a task without labels before teachers have been run over it."""
+    last = [stage.name for stage in wanted if stage.name not in _WITHOUT_LABELS]
+    if settings.task.splits.probe == 0 and last:
+        raise ConfigError(
+            f"task.splits: {last[0]} needs labelled images, and train_labelled, probe and validation are 0; give at "
+            "least 1 a class of each, or stop before: faculty assess, faculty select"
+        )
 
 
 def _check_registry(settings: Settings, wanted: list[Stage], files: RunFolder) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import SelectSettings
 from pipeline.stages.artefacts import digest_of, write_json
-from pipeline.stages.assess import carried, rows_of
+from pipeline.stages.assess import rows_of
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.ingest import table_path
+from pipeline.stages.probe import has_labels
+from pipeline.stages.teachers import carried
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +26,7 @@ class Select:
     """Assessment → `faculty.json`: who was chosen, in which order and why, and how well the set knows each class."""
 
     name = "select"
-    version = 1
+    version = 2
     needs = ("ingest", "assess")
 
     def inputs(self, run: Run) -> Mapping[str, Any]:
@@ -36,7 +40,10 @@ class Select:
 
         settings, table = run.settings.select, ImageTable.open(str(table_path(run)))
         rows = {row["teacher"]: row for row in rows_of(run)}
-        usable = [name for name, row in rows.items() if row["error"] is None]
+        usable = [name for name, row in rows.items() if row["error"] is None and row["dropped"] is None]
+        if not has_labels(run):
+            choice = _choose_unverified(settings, [rows[name] for name in usable])
+            return self._finish(run, folder, choice, rows)
         found = select_set(
             {name: carried(run, name, "validation") for name in usable},
             table.split("validation").labels,
@@ -49,13 +56,55 @@ class Select:
             confidence=settings.confidence,
             seed=run.settings.seed,
         )
-        choice = _describe(found, table.classes)
+        return self._finish(run, folder, _describe(found, table.classes), rows)
+
+    def _finish(self, run: Run, folder: Path, choice: dict[str, Any], rows: Mapping[str, dict[str, Any]]) -> Outcome:
+        choice["reasons"] |= {name: f"dropped: {row['dropped']}" for name, row in rows.items() if row["dropped"]}
         choice["reasons"] |= {name: f"failed: {row['error']}" for name, row in rows.items() if row["error"]}
         write_json(folder / "faculty.json", choice)
         run.tracker.artifact(folder / "faculty.json")
-        run.tracker.tags({"chosen": ", ".join(found.chosen) or "none"})
+        run.tracker.tags({"chosen": ", ".join(choice["chosen"]) or "none"})
         summary = {key: choice[key] for key in ("chosen", "score", "reference_score", "confidence")}
         return Outcome(digest=digest_of([choice["chosen"], choice["best_single"]]), summary=summary)
+
+
+def _choose_unverified(settings: SelectSettings, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Choose without labels: the most informative teachers that the others do not contradict, within the budget."""
+    chosen: list[str] = []
+    reasons: dict[str, str] = {}
+    size = 0
+    for row in rows:  # best first
+        name, alone = row["teacher"], len(rows) == 1
+        told = f"information {row['information']:.3f}, agreement {row['agreement']:+.3f}"
+        if row["information"] < settings.min_gain:
+            reasons[name] = f"says next to nothing of the task, {told}"
+        elif row["agreement"] <= 0 and not alone:
+            reasons[name] = f"agrees with no other teacher, {told}"
+        elif len(chosen) == settings.max_teachers or size + row["parameters"] > (settings.max_params or math.inf):
+            reasons[name] = f"over budget, {told}"
+        else:
+            chosen.append(name)
+            size += row["parameters"]
+            reasons[name] = f"{len(chosen)}. choice, {told}"
+    verdict = (
+        f"{len(chosen)} teachers, unverified: there are no labels to try them on"
+        if chosen
+        else "no teacher says anything of the task, going by the names of its classes"
+    )
+    return {
+        "chosen": chosen,
+        "best_single": chosen[0] if chosen else None,
+        "verdict": verdict,
+        "score": None,
+        "score_interval": None,
+        "advantage_interval": None,
+        "reference_score": None,
+        "confidence": None,
+        "reasons": reasons,
+        "verdicts": {},
+        "coverage": {},
+        "shares": {},
+    }
 
 
 def _without_teacher(table: ImageTable) -> Tensor:
@@ -78,7 +127,8 @@ def _describe(found: Selection, classes: tuple[str, ...]) -> dict[str, Any]:
     coverage = {name: value for name, value in zip(classes, found.coverage.tolist(), strict=True) if value == value}
     verdict = (
         f"{len(found.chosen)} teachers: validation score {found.score:.3f} against {found.reference_score:.3f} "
-        f"without a teacher, confidence {found.confidence:.2f}"
+        f"without a teacher, {found.advantage_interval[0]:+.3f} to {found.advantage_interval[1]:+.3f} more, "
+        f"confidence {found.confidence:.2f}"
         if found.chosen
         else "no set of teachers is better on the validation images than the images alone "
         f"(score {found.reference_score:.3f})"
@@ -88,6 +138,8 @@ def _describe(found: Selection, classes: tuple[str, ...]) -> dict[str, Any]:
         "best_single": found.best_single,
         "verdict": verdict,
         "score": found.score,
+        "score_interval": list(found.score_interval),
+        "advantage_interval": list(found.advantage_interval),
         "reference_score": found.reference_score,
         "confidence": found.confidence,
         "reasons": {name: _reason(order.get(name), one) for name, one in found.verdicts.items()},

@@ -15,6 +15,19 @@ from pipeline.report.console import Display
 from pipeline.stages.artefacts import Status
 from pipeline.stages.base import Run
 
+# Scores that the table shows, where there are any, and what it calls them.
+_COLUMNS = {
+    "transport_cost": "cost",
+    "transport_gain": "gain",
+    "bridge_gain": "bridge gain",
+    "knn": "k-NN",
+    "leep": "LEEP",
+    "information": "information",
+    "certainty": "certainty",
+    "agreement": "agreement",
+    "class_level": "class level",
+}
+
 
 def after(stage: str, run: Run) -> None:
     """Show what a stage found."""
@@ -76,32 +89,51 @@ def _select(run: Run) -> None:
         run.display.warn(f"do not transfer: {choice['verdict']}")
 
 
+_SHOWN = 40  # teachers in a table: of thousands the best are enough, all are in the artefact
+
+
 def _teachers(run: Run, choice: dict[str, Any] | None) -> None:
     from pipeline.stages.assess import rows_of
 
-    names = ("teacher", "classes", "params", "cost", "gain", "bridge gain", "k-NN", "LEEP")
-    shown = table(*names, *(("chosen", "why") if choice else ("s", "MB", "problem")))
-    for column in shown.columns[1 : 8 if choice else 10]:
+    rows = rows_of(run)
+    thinned = any(row["dropped"] for row in rows)
+    scores = [name for name in _COLUMNS if any(row[name] is not None for row in rows)]
+    numbers = ("classes", "params", *(["images"] if thinned else []), "score", *(_COLUMNS[name] for name in scores))
+    shown = table("teacher", *numbers, *(("chosen", "why") if choice else ("s", "MB", "problem")))
+    for column in shown.columns[1 : len(numbers) + (1 if choice else 3)]:
         column.justify = "right"
     shown.columns[0].no_wrap = True
-    for row in rows_of(run):
-        cells = [
-            escape(row["teacher"]),
-            _number(row["classes"], "d"),
-            _number(row["parameters"], ",d"),
-            _number(row["transport_cost"], ".3f"),
-            _number(row["transport_gain"], ".3f"),
-            _number(row["bridge_gain"], ".3f"),
-            _number(row["knn"], ".3f"),
-            _number(row["leep"], ".3f"),
-        ]
+    for row in _worth_showing(rows, choice):
+        cells = [escape(row["teacher"]), _number(row["classes"], "d"), _number(row["parameters"], ",d")]
+        cells += [_number(row["images"], "d")] * thinned
+        cells += [_interval(row), *(_number(row[name], ".3f") for name in scores)]
         if choice is None:
-            cells += [_number(row["seconds"], ".2f"), _number(row["peak_mb"], ".0f"), escape(row["error"] or "")]
+            problem = row["error"] or row["dropped"] or ""
+            cells += [_number(row["seconds"], ".2f"), _number(row["peak_mb"], ".0f"), escape(problem)]
         else:
             chosen = row["teacher"] in choice["chosen"]
             cells += ["[green]yes[/]" if chosen else "", escape(choice["reasons"][row["teacher"]])]
         shown.add_row(*cells)
     run.display.table(shown)
+    if len(rows) > len(shown.rows):
+        run.display.note(f"{len(rows) - len(shown.rows)} more in {run.folder('assess') / 'assessment.parquet'}")
+    if not run.records["assess"].summary["labels"]:
+        run.display.warn(
+            "no labels: scores tell how sure and how versatile the teachers are, and how far they agree, not "
+            "whether they are right"
+        )
+
+
+def _worth_showing(rows: list[dict[str, Any]], choice: dict[str, Any] | None) -> list[dict[str, Any]]:
+    chosen = set(choice["chosen"]) if choice else set()
+    return [row for place, row in enumerate(rows) if place < _SHOWN or row["teacher"] in chosen]
+
+
+def _interval(row: dict[str, Any]) -> str:
+    if row["score"] is None:
+        return ""
+    width = (row["score_high"] - row["score_low"]) / 2
+    return f"{row['score']:.3f}" + (f" ± {width:.3f}" if width else "")
 
 
 def _amalgamate(run: Run) -> None:

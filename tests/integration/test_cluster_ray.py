@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -125,6 +126,54 @@ def test_an_error_of_the_caller_stays_itself(cluster, tmp_path):
 
     with pytest.raises(LookupError, match="no room for a"):
         run_trials(assess, [TrialItem("a", ("plain", 0))], storage=tmp_path, experiment="e", on_result=refuse)
+
+
+def climb(payload, rung, shared):
+    """Write down every call; the score is that of the rung."""
+    name, scores, folder = payload
+    with (Path(folder) / f"{name}-{rung}").open("x"):
+        pass
+    if scores[rung] == "raise":
+        raise KeyError("no such file")
+    if scores[rung] == "die once" and not (Path(folder) / f"{name}-died").exists():
+        (Path(folder) / f"{name}-died").touch()
+        (Path(folder) / f"{name}-{rung}").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    score = 0.9 if scores[rung] == "die once" else scores[rung]
+    writeable = shared["images"].flags.writeable
+    return {"score": score, "pid": os.getpid(), "sum": int(shared["images"].sum()), "writeable": writeable}
+
+
+def test_halving_runs_the_later_rungs_of_the_best_alone(cluster, tmp_path):
+    scores = {f"low{i}": [0.1 + i / 100, None, None] for i in range(6)}
+    scores |= {"best": [0.8, 0.8, 0.8], "second": [0.7, 0.9, 0.5], "third": [0.6, 0.1, None], "bad": ["raise"]}
+    scores["fragile"] = ["die once", 0.2, None]
+    (tmp_path / "calls").mkdir()
+    items = [TrialItem(name, (name, values, str(tmp_path / "calls"))) for name, values in scores.items()]
+    rows = run_trials(
+        climb,
+        items,
+        storage=tmp_path,
+        experiment="halving",
+        max_concurrent=2,
+        climbing=(4, 2),
+        shared={"images": np.ones((3, 4), dtype=np.uint8)},
+    )
+    calls = {path.name for path in (tmp_path / "calls").iterdir()} - {"fragile-died"}
+    assert calls == (
+        {f"{name}-0" for name in scores}
+        | {f"{name}-1" for name in ("best", "second", "third", "fragile")}
+        | {f"{name}-2" for name in ("best", "second")}
+    )
+    assert {name: row["rung"] for name, row in rows.items() if name != "bad"} == {
+        **{f"low{i}": 0 for i in range(6)}, "best": 2, "second": 2, "third": 1, "fragile": 1,
+    }  # fmt: skip
+    assert rows["low3"]["dropped"] == "score 0.130 on rung 1 of 3, not among the best 4 of 11"
+    assert rows["fragile"]["dropped"] == "score 0.200 on rung 2 of 3, not among the best 2 of 4"
+    assert "dropped" not in rows["best"] and "no such file" in rows["bad"]["error"]
+    assert len({row["pid"] for row in rows.values() if "pid" in row}) <= 5  # processes serve many trials
+    assert all(row["sum"] == 12 and not row["writeable"] for name, row in rows.items() if name != "bad")
+    assert not list((tmp_path / "halving").glob("Assessment_*"))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

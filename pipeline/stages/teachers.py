@@ -1,0 +1,155 @@
+"""Teachers on workers, and where what they say is kept: shared by the stages that run teachers over images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import TrialResources
+from pipeline.models.spec import TeacherSpec
+from pipeline.stages.base import Run
+from pipeline.stages.ingest import table_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.data.table import ImageTable
+    from pipeline.models.teacher import Teacher
+    from pipeline.transport.bridge import Bridge
+
+_BRIDGE = "bridge.safetensors"
+
+
+@dataclass(frozen=True)
+class TeacherJob:
+    """What travels to a worker that runs a teacher over images: references, never weights.
+
+    Attributes
+    ----------
+    teacher : TeacherSpec
+    table : str
+        The image table.
+    folder : str
+        Where the result goes.
+    trusted_factories : tuple of str
+    tracking_uri : str or None
+        Where teachers from an MLflow registry are.
+    gpu : bool
+        Whether it has a GPU, or a share of one.
+    """
+
+    teacher: TeacherSpec
+    table: str
+    folder: str
+    trusted_factories: tuple[str, ...]
+    tracking_uri: str | None
+    gpu: bool
+
+    @classmethod
+    def of(cls, run: Run, name: str, folder: Path, resources: TrialResources) -> TeacherJob:
+        """Describe the job of one teacher of the run's zoo."""
+        return cls(
+            teacher=run.zoo[name],
+            table=str(table_path(run)),
+            folder=str(folder),
+            trusted_factories=run.settings.zoo.trusted_factories,
+            tracking_uri=run.tracking_uri,
+            gpu=resources.gpus > 0,
+        )
+
+    def load(self) -> Teacher:
+        """Load the teacher; on the worker."""
+        import torch
+
+        from pipeline.models.sources import load_teacher
+
+        return load_teacher(
+            self.teacher,
+            device="cuda" if self.gpu and torch.cuda.is_available() else "cpu",
+            **_load_options(self.trusted_factories, self.tracking_uri),
+        )
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+        """Write the result, whole or not at all; on the worker."""
+        save_tensors(Path(self.folder), name, tensors, about)
+
+
+def load_options(run: Run) -> dict[str, Any]:
+    """Return what `load_teacher` may use for the teachers of a run: code that is trusted, and MLflow."""
+    return _load_options(run.settings.zoo.trusted_factories, run.tracking_uri)
+
+
+def _load_options(trusted_factories: tuple[str, ...], tracking_uri: str | None) -> dict[str, Any]:
+    def from_mlflow(uri: str) -> Any:
+        from pipeline.tracking.resolve import load_mlflow_module
+
+        return load_mlflow_module(uri, tracking_uri)
+
+    return {"trusted_factories": trusted_factories, "resolvers": {"mlflow": from_mlflow}}
+
+
+def table_of(run: Run) -> ImageTable:
+    """Open the run's image table."""
+    from pipeline.data.table import ImageTable
+
+    return ImageTable.open(str(table_path(run)))
+
+
+def save_tensors(
+    folder: Path, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(content, folder / f".{name}", metadata=dict(about or {}))
+    (folder / f".{name}").replace(folder / name)
+
+
+def teacher_folder(run: Run, name: str) -> Path:
+    """Return where a teacher's assessment is kept: keyed by the teacher, the table and the settings that decide it."""
+    return run.part("teachers", name, _inputs(run, name) | {"assess": decisive(run), "version": 2})
+
+
+def outputs_folder(run: Run, name: str) -> Path:
+    """Return where a teacher's logits and features are kept, whatever is made of them."""
+    settings = run.settings.assess
+    return run.part(
+        "outputs", name, _inputs(run, name) | {"unlabelled": settings.unlabelled, "precision": settings.precision}
+    )
+
+
+def decisive(run: Run) -> dict[str, Any]:
+    """Return the settings that a teacher's scores depend on: not how the search thins the zoo, nor the resources."""
+    return run.settings.assess.model_dump(mode="json", exclude={"resources": True, "search": True, "reference": True})
+
+
+def _inputs(run: Run, name: str) -> dict[str, Any]:
+    return {"teacher": run.fingerprint(name), "table": run.records["ingest"].digest}
+
+
+def save_bridge(job: TeacherJob, bridge: Bridge, carried: Mapping[str, Tensor]) -> None:
+    """Keep a bridge, and what the teacher says of some splits, carried to the task's classes; on the worker."""
+    tensors = {f"bridge.{name}": value for name, value in bridge.state().items()}
+    job.save(_BRIDGE, tensors | dict(carried))
+
+
+def load_bridge(folder: Path) -> Bridge:
+    """Return the bridge of an assessed teacher, see `pipeline.transport.bridge`."""
+    from safetensors.torch import load_file
+
+    from pipeline.transport.bridge import Bridge
+
+    tensors = load_file(folder / _BRIDGE)
+    return Bridge.from_state({name[7:]: value for name, value in tensors.items() if name.startswith("bridge.")})
+
+
+def carried(run: Run, name: str, split: str) -> Tensor:
+    """Return what an assessed teacher says of a split, carried to the task's classes: (N, C_s) tensor."""
+    from safetensors import safe_open
+
+    with safe_open(teacher_folder(run, name) / _BRIDGE, "pt") as handle:
+        return handle.get_tensor(split)

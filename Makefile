@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up all they need; only python3, make and a package index are assumed.
-.PHONY: setup demo test lint format lock clean bench-demo
+.PHONY: setup demo test lint format lock clean bench-demo bench-transport bench-ranking bench-ranking-build bench-assess
 .DELETE_ON_ERROR:
 
 UV_VERSION := 0.13.8
@@ -30,6 +30,22 @@ test: $(STAMP)
 # Writes benchmarks/results/demo.json and the README's table: about two minutes a split.
 bench-demo: $(STAMP)
 	@$(BIN)/python -m benchmarks.demo
+
+# Writes benchmarks/results/transport.json and its plot: about a quarter of an hour, 8 GB of memory.
+bench-transport: $(STAMP)
+	@$(BIN)/python -m benchmarks.transport
+
+# Judges every score against the students in benchmarks/ranking/truth.parquet: seconds.
+bench-ranking: $(STAMP)
+	@$(BIN)/python -m benchmarks.ranking report
+
+# Makes these students anew, and the scores: about 90 minutes; goes on where it was cut off. Needs npm and apt-get.
+bench-ranking-build: $(STAMP)
+	@$(BIN)/python -m benchmarks.ranking all --work $(or $(WORK),runs/bench-ranking)
+
+# Writes benchmarks/results/assess.json: about ten minutes.
+bench-assess: $(STAMP)
+	@$(BIN)/python -m benchmarks.assess
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

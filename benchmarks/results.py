@@ -22,9 +22,10 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "machine": platform.machine(), "cores": cores} | versions
 
 
-def goal(name: str, value: float, target: float, unit: str) -> dict[str, Any]:
-    """A goal that is met when the value is at least the target."""
-    return {"name": name, "value": value, "target": target, "unit": unit, "met": value >= target}
+def goal(name: str, value: float, target: float, unit: str, *, at_most: bool = False) -> dict[str, Any]:
+    """A goal that is met when the value is at least the target, or at most where that is said."""
+    met = value <= target if at_most else value >= target
+    return {"name": name, "value": value, "target": target, "unit": unit, "at_most": at_most, "met": met}
 
 
 def write(

@@ -1,0 +1,1 @@
+"""How well scores rank teachers: a heterogeneous zoo, tasks, and the students that each teacher really makes."""

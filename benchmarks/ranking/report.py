@@ -201,7 +201,7 @@ def report(arguments: list[str]) -> None:
         f"{len(TASKS)} tasks, 2 label budgets (5 and 20 a class to train on, and as many again) and 2 draws of the "
         "labels; all scores see all labelled images. Truth: test accuracy by the default objective, last epoch, of "
         f"2 students on average. Combined score less {best['title']}, paired over worlds: {ahead:+.3f} ± {error:.3f} "
-        f"(2 SE; worlds of one task share images). {helped} of {count} teachers make a better student than no teacher. The "
+        f"(2 SE; worlds of one task share images). {helped} of {count} make a better student than no teacher. The "
         "weights of the combined score were chosen on the calibration tasks alone (last column), which have other "
         "images."
     )

@@ -31,7 +31,7 @@ test: $(STAMP)
 bench-demo: $(STAMP)
 	@$(BIN)/python -m benchmarks.demo
 
-# Writes benchmarks/results/transport.json and its plot: about a quarter of an hour, 8 GB of memory.
+# Writes benchmarks/results/transport.json and its plot: about half an hour, up to 10 GB of memory.
 bench-transport: $(STAMP)
 	@$(BIN)/python -m benchmarks.transport
 

@@ -89,7 +89,7 @@ class ClassLevelSettings(StrictModel):
 class SearchSettings(StrictModel):
     """Which teachers see how much of the task, see `pipeline.assessment.halving`."""
 
-    rungs: tuple[float, ...] = Field((0.2, 1.0), description="shares of the labelled images, rising to 1")
+    rungs: tuple[float, ...] = Field((0.15, 1.0), description="shares of the labelled images, rising to 1")
     eta: float = Field(10.0, ge=1, description="a rung passes one in eta on")
     least: int = Field(16, ge=1, description="teachers that see all images at least; a zoo no larger is not thinned")
     class_level: ClassLevelSettings | None = Field(None, description="null: every teacher is run")

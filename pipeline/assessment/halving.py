@@ -96,9 +96,10 @@ class Standing:
         return self._rung.get(name, 0) > rung
 
     def leave(self, name: str) -> None:
-        """Take it that `name` failed or has finished; the others need not wait for it."""
+        """Take it that `name` failed or has finished; the others need not wait for it, and it holds no place."""
         rung = self._rung.get(name, 0)
-        if rung < len(self.climbing) and name not in self._entered[rung]:
+        if rung < len(self.climbing) and name not in self._decided[rung]:
+            self._entered[rung].pop(name, None)
             self._gone[rung] += 1
 
     def settle(self) -> list[Decision]:

@@ -118,8 +118,8 @@ def otce(
     M = (M - M.min()) / scale if scale > 0 else M
     a, b = (torch.full((1, size), 1 / size).to(M) for size in M.shape)
     plan = sinkhorn(a, b, M, reg, max_iter=max_iter, tol=tol).plan()[0]
-    rows = F.one_hot(source_classes, len(source_counts)).to(M)
-    joint = rows.t() @ plan @ F.one_hot(classes, len(counts)).to(M)
+    by_target = plan @ F.one_hot(classes, len(counts)).to(M)
+    joint = by_target.new_zeros(len(source_counts), len(counts)).index_add_(0, source_classes.to(M.device), by_target)
     return _negative_conditional_entropy(joint / joint.sum())
 
 

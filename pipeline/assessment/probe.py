@@ -21,8 +21,7 @@ from pipeline.transport.ground_cost import prototype_cost
 
 TRANSPORT = ("transport_cost", "transport_gain")
 LITERATURE = ("knn", "leep", "nce", "logme", "h_score", "gbc", "otce", "source_accuracy", "num_parameters")
-UNLABELLED = ("certainty", "information", "agreement")
-NEED_LABELS = frozenset({"score", "bridge_gain", *TRANSPORT, *LITERATURE} - {"source_accuracy", "num_parameters"})
+NEED_LABELS = frozenset({"bridge_gain", *TRANSPORT, *LITERATURE} - {"source_accuracy", "num_parameters"})
 
 
 @dataclass(frozen=True)

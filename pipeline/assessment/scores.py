@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from pipeline.transport import _checks
 
+_BLOCK = 1024  # queries at a time
+
 
 def knn(
     features: Tensor,
@@ -48,22 +50,27 @@ def knn(
         raise ValueError("queries and query_y must be given together, got one of them")
     base, y = _embedding("features", "y", features, y)
     leave_one_out = queries is None or query_y is None
+    asked, truth = base, y
     if leave_one_out:
         if len(base) < 2:
             raise ValueError(f"features must have at least 2 rows to leave one out, got shape {tuple(features.shape)}")
-        similarity = (base @ base.t()).fill_diagonal_(-torch.inf)
-        truth = y
     else:
         assert queries is not None and query_y is not None
         if queries.ndim != 2 or queries.shape[1] != base.shape[1]:
             raise ValueError(f"queries must have shape (Q, {base.shape[1]}), got shape {tuple(queries.shape)}")
         asked, truth = _embedding("queries", "query_y", queries, query_y)
-        similarity = asked @ base.t()
     k = min(k, len(base) - leave_one_out)
-    nearest, rows = similarity.topk(k, dim=1)
     classes = int(max(y.max(), truth.max())) + 1
-    votes = nearest.new_zeros(len(truth), classes).scatter_add_(1, y[rows], 1 + nearest)
-    return float((votes.argmax(1) == truth).double().mean())
+    hits = 0
+    for start in range(0, len(asked), _BLOCK):  # all similarities at once would be (Q, N)
+        similarity = asked[start : start + _BLOCK] @ base.t()
+        if leave_one_out:
+            own = torch.arange(len(similarity), device=base.device)
+            similarity[own, start + own] = -torch.inf
+        nearest, rows = similarity.topk(k, dim=1)
+        votes = nearest.new_zeros(len(similarity), classes).scatter_add_(1, y[rows], 1 + nearest)
+        hits += int((votes.argmax(1) == truth[start : start + _BLOCK]).sum())
+    return hits / len(truth)
 
 
 def leep(p: Tensor, y: Tensor, *, probe_p: Tensor | None = None, probe_y: Tensor | None = None) -> float:

@@ -23,6 +23,8 @@ class HalvingScheduler(FIFOScheduler):
     ----------
     standing : Standing
         Of a search among all trials, by the names in their configurations.
+    limit
+        How many trials may run side by side.
 
     Attributes
     ----------
@@ -34,12 +36,23 @@ class HalvingScheduler(FIFOScheduler):
     .. [1] Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020 (arXiv 1810.05934).
     """
 
-    def __init__(self, standing: Standing) -> None:
+    def __init__(self, standing: Standing, limit: int) -> None:
         super().__init__()
+        self.limit = limit
+        self._active: dict[str, Trial] = {}
         self.reasons: dict[str, str] = {}
         self._standing = standing
         self._waiting: dict[str, Trial] = {}
         self._may_climb: set[str] = set()
+
+    def occupied(self) -> int:
+        """Return how many trials run, or are about to."""
+        self._active = {name: t for name, t in self._active.items() if t.status in (Trial.PENDING, Trial.RUNNING)}
+        return len(self._active)
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Count a trial that is new, or that is tried again."""
+        self._active[trial.config["name"]] = trial
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Enter a score, then tell the trial, and those that wait, what they may do."""
@@ -64,12 +77,14 @@ class HalvingScheduler(FIFOScheduler):
             self._left(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Return a trial that has not started, else one that waits and may climb."""
-        for trial in tune_controller.get_live_trials():
+        """Return a trial that has not started, else one that waits and may climb, within the limit."""
+        occupied = self.occupied()
+        for trial in self._active.values():
             if trial.status == Trial.PENDING:
                 return trial
-        for name in sorted(self._may_climb):
+        for name in sorted(self._may_climb) if occupied < self.limit else ():
             if self._waiting[name].status == Trial.PAUSED:
+                self._active[name] = self._waiting[name]
                 return self._waiting[name]
         return None
 
@@ -100,8 +115,19 @@ class HalvingScheduler(FIFOScheduler):
 
 
 class PausingGenerator(BasicVariantGenerator):
-    """Counts a paused trial as no longer running: the limit on trials side by side would wait for it forever."""
+    """Adds trials while there is room, a paused one taking none: Tune's own limit would wait for it forever."""
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Let another trial take the place of one that has finished a rung."""
-        self._live_trials.discard(trial_id)
+    def __init__(self, scheduler: HalvingScheduler) -> None:
+        super().__init__()
+        self._scheduler: HalvingScheduler | None = scheduler
+
+    def next_trial(self) -> Trial | None:
+        """Return the next trial, None while there is no room or when there is none left."""
+        if self._scheduler is not None and self._scheduler.occupied() >= self._scheduler.limit:
+            return None
+        return super().next_trial()
+
+    def get_state(self) -> dict[str, Any] | bool:
+        """Return what Tune may save: without the scheduler, which holds live trials."""
+        state = super().get_state()
+        return state | {"_scheduler": None} if isinstance(state, dict) else state

@@ -132,12 +132,13 @@ def _tune(
 ) -> None:
     with calm(verbose):
         from ray import cloudpickle, tune
+        from ray.tune.search import BasicVariantGenerator
 
         from pipeline.assessment.halving import Standing
         from pipeline.cluster.halving import HalvingScheduler, PausingGenerator
         from pipeline.cluster.trainable import Assessment, DeliveryCallback
 
-        scheduler = None if climbing is None else HalvingScheduler(Standing(len(items), climbing))
+        scheduler = None if climbing is None else HalvingScheduler(Standing(len(items), climbing), concurrent)
         callback = DeliveryCallback(deliver, {} if scheduler is None else scheduler.reasons)
         trainable = tune.with_resources(
             tune.with_parameters(
@@ -154,7 +155,11 @@ def _tune(
             trainable,
             param_space={"name": tune.grid_search([item.name for item in items])},
             tune_config=tune.TuneConfig(
-                reuse_actors=True, search_alg=PausingGenerator(max_concurrent=concurrent), scheduler=scheduler
+                reuse_actors=True,
+                search_alg=BasicVariantGenerator(max_concurrent=concurrent)
+                if scheduler is None
+                else PausingGenerator(scheduler),
+                scheduler=scheduler,
             ),
             run_config=tune.RunConfig(
                 name=store.root.rsplit("/", 1)[-1],

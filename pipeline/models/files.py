@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +25,7 @@ def file_sha256(path: str | Path) -> str:
     return _sha256(os.fspath(path), status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=4096)
+@cache  # a bound would be met by a pass over a larger zoo, and none be kept
 def _sha256(path: str, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

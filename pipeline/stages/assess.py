@@ -10,9 +10,9 @@ from typing import Any
 from pipeline.errors import FacultyError, StageError
 from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.base import Outcome, Run
-from pipeline.stages.class_level import accuracy_of, thin
-from pipeline.stages.probe import ProbePayload, assess_teacher, build_probe, has_labels
-from pipeline.stages.teachers import TeacherJob, carried, outputs_folder, teacher_folder
+from pipeline.stages.class_level import accuracy_of, identity, thin
+from pipeline.stages.probe import ProbePayload, assess_teacher, build_probe
+from pipeline.stages.teachers import TeacherJob, carried, has_labels, outputs_folder, teacher_folder
 
 SCORES = (
     "score",
@@ -36,7 +36,20 @@ SCORES = (
     "class_level",
 )
 # An error of one of these types is the teacher's own, and comes again; others (memory, a lost process) may pass.
-_OWN = ("TeacherError", "ConfigError", "DataError", "ValueError")
+_OWN = (
+    "TeacherError",
+    "ConfigError",
+    "DataError",
+    "ValueError",
+    "RuntimeError",
+    "_LinAlgError",
+    "TypeError",
+    "AttributeError",
+    "IndexError",
+    "KeyError",
+    "NotImplementedError",
+    "AssertionError",
+)
 _MISMATCH = "sha256"  # a file that is not the one that the zoo names may be put right without the zoo being touched
 
 
@@ -49,8 +62,9 @@ class Assess:
 
     def inputs(self, run: Run) -> Mapping[str, Any]:
         """Depend on the settings and on every teacher's spec and weights."""
+        excluded: Any = {"resources": True, "names": {"path"}}  # the file counts by its content
         return {
-            "assess": run.settings.assess.model_dump(mode="json", exclude={"resources"}),
+            "assess": run.settings.assess.model_dump(mode="json", exclude=excluded) | identity(run),
             "teachers": {name: run.fingerprint(name) for name in run.zoo.names},
             "trusted_factories": list(run.settings.zoo.trusted_factories),
         }
@@ -62,20 +76,34 @@ class Assess:
 
         names, class_level, dropped = thin(run)
         homes = {name: teacher_folder(run, name) for name in names}
-        rows = {name: _row(run, name, {"rung": 0, "dropped": reason}) for name, reason in dropped.items()}
-        rows |= {name: row for name, home in homes.items() if (row := read_row(home)) is not None}
+        climbing = _climbing(run, len(names))
+        rows = {name: row for name, home in homes.items() if (row := read_row(home)) is not None}
+        if climbing:
+            # Teachers are judged against each other: a row counts if all took part in the same search. What they said
+            # is kept apart, so that a search that was cut off, or that others have joined, costs no forward pass twice.
+            search = digest_of([{name: run.fingerprint(name) for name in names}, run.settings.assess.search.rungs])
+            if any(row.get("search") != search for row in rows.values()) or len(rows) < len(names):
+                rows = {}
+        else:
+            search = ""
+            rows = {name: row for name, row in rows.items() if row["dropped"] is None}
         missing = [name for name in names if name not in rows]
         passing: list[str] = []
         if missing:
-            found, passing = self._assess(run, missing, len(names), homes)
+            found, passing = self._assess(run, missing, homes, climbing, search)
             rows |= found
+        rows |= {name: _row(run, name, {"rung": 0, "dropped": reason}) for name, reason in dropped.items()}
+        accuracy = accuracy_of(run) if "source_accuracy" in run.settings.assess.scores else None
         for name, row in rows.items():
             row["class_level"] = class_level.get(name)
+            row["source_accuracy"] = None if accuracy is None else accuracy(name)
+            if row["dropped"] is None and row["error"] is None:
+                row["rung"] = len(run.settings.assess.search.rungs)
         if not has_labels(run):
             _add_agreement(run, rows)
         ordered = sorted(rows.values(), key=_place)
         path = folder / "assessment.parquet"
-        pq.write_table(pa.Table.from_pylist(ordered, schema=schema()), path)
+        pq.write_table(pa.Table.from_pylist(ordered, schema=schema(run)), path)
         run.tracker.artifact(path)
         run.tracker.table("assessment", ordered)
         failed = [row for row in ordered if row["error"]]
@@ -96,23 +124,14 @@ class Assess:
         )
 
     def _assess(
-        self, run: Run, names: list[str], candidates: int, homes: dict[str, Path]
+        self, run: Run, names: list[str], homes: dict[str, Path], climbing: tuple[int, ...], search: str
     ) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """Return the rows, and the teachers that failed for another reason than themselves (memory, a lost process)."""
-        from pipeline.assessment.halving import survivors
         from pipeline.cluster.trials import TrialItem, run_trials
 
         settings = run.settings.assess
-        rungs = len(settings.search.rungs)
-        climbing = survivors(candidates, rungs=rungs, eta=settings.search.eta, least=settings.search.least)
-        # Those assessed by a run that was cut off, or before a teacher was added, have taken their places.
-        taken = candidates - len(names)
-        climbing = tuple(max(count - taken, 1) for count in climbing)
-        if all(count >= len(names) for count in climbing):  # nobody can be dropped: one rung is enough
-            climbing = ()
         rows: dict[str, dict[str, Any]] = {}
         passing: list[str] = []
-        accuracy = accuracy_of(run) if "source_accuracy" in settings.scores else lambda name: None
         items = [
             TrialItem(
                 name,
@@ -121,7 +140,6 @@ class Assess:
                     str(outputs_folder(run, name)),
                     settings,
                     last_rung=len(climbing),
-                    accuracy=accuracy(name),
                 ),
             )
             for name in names
@@ -132,12 +150,10 @@ class Assess:
         with run.display.bar("teachers", len(names)) as advance:
 
             def keep(name: str, result: dict[str, Any]) -> None:
-                # Counted from 1; a teacher that saw all images is on the last one, also where the zoo was not thinned.
-                rung = result.get("rung", 0) + 1 if "dropped" in result else rungs
-                row = _row(run, name, result | {"rung": None if "error" in result else rung})
-                if row["error"] is None and row["dropped"] is None:
-                    write_json(homes[name] / "row.json", row)
-                elif row["error"] is not None and (result.get("error_type") not in _OWN or _MISMATCH in row["error"]):
+                row = _row(run, name, result | {"rung": None if "error" in result else result.get("rung", 0) + 1})
+                if row["error"] is None:
+                    write_json(homes[name] / "row.json", row | {"search": search})
+                elif result.get("error_type") not in _OWN or _MISMATCH in row["error"]:
                     passing.append(name)
                 rows[name] = row
                 _track(run, row)
@@ -159,22 +175,36 @@ class Assess:
         return rows, passing
 
 
+def _climbing(run: Run, candidates: int) -> tuple[int, ...]:
+    """Return how many teachers go on from each rung; () where all of them see all images at once."""
+    from pipeline.assessment.halving import survivors
+
+    search = run.settings.assess.search
+    found = survivors(candidates, rungs=len(search.rungs), eta=search.eta, least=search.least)
+    return found if any(count < candidates for count in found) else ()
+
+
 def read_row(folder: Path) -> dict[str, Any] | None:
-    """Return the row of a teacher that was assessed to the last rung, or None."""
+    """Return the row of a teacher that has been assessed, with the search that it took part in; or None."""
     try:
         return json.loads((folder / "row.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def schema() -> Any:
+def schema(run: Run) -> Any:
     """Return the columns of the assessment; the metadata of a score's column says whether it needed labels."""
     import pyarrow as pa
 
     from pipeline.assessment.probe import NEED_LABELS
 
+    needing = set(NEED_LABELS) | ({"score", "score_low", "score_high"} if has_labels(run) else set())
+    class_level = run.settings.assess.search.class_level
+    if class_level is not None and class_level.cost == "reference":
+        needing.add("class_level")
+
     def score(name: str) -> Any:
-        return pa.field(name, pa.float64(), metadata={"needs_labels": str(name in NEED_LABELS).lower()})
+        return pa.field(name, pa.float64(), metadata={"needs_labels": str(name in needing).lower()})
 
     return pa.schema(
         [
@@ -208,7 +238,7 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _row(run: Run, name: str, result: dict[str, Any]) -> dict[str, Any]:
-    row = {field: result.get(field) for field in schema().names}
+    row = {field: result.get(field) for field in schema(run).names}
     return row | {"teacher": name, "fingerprint": run.fingerprint(name)}
 
 

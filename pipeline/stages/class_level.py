@@ -6,9 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, TeacherError, UserError
+from pipeline.stages.artefacts import digest_of
 from pipeline.stages.base import Run
-from pipeline.stages.probe import LABELLED, class_names_of, has_labels, word_vectors
-from pipeline.stages.teachers import load_options, table_of
+from pipeline.stages.probe import LABELLED, class_names_of, word_vectors
+from pipeline.stages.teachers import has_labels, load_options, table_of, vectors_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 def thin(run: Run) -> tuple[list[str], dict[str, float | None], dict[str, str]]:
     """Return the teachers that are worth running, the class-level scores, and why the others are not.
 
-    The best share `keep` of the zoo stays, and so does every teacher whose label space is not known: one without class
-    names, or without a card with centres.
+    Of the teachers whose label space is known the best share `keep` stays, but no fewer than `least`; those without
+    class names, or without a card with centres, stay, too.
 
     Returns
     -------
@@ -47,11 +48,12 @@ def thin(run: Run) -> tuple[list[str], dict[str, float | None], dict[str, str]]:
             scores[name] = None if M is None else class_level_score(M)
             advance(1, name)
     known = {name: score for name, score in scores.items() if score is not None}
-    keep = max(math.ceil(search.class_level.keep * len(names)), search.least) - (len(names) - len(known))
-    ranked = sorted(known, key=lambda name: (-known[name], name))
-    last = set(ranked[max(keep, 0) :])
-    dropped = {
-        name: f"class-level score {known[name]:.3f}, not among the best {max(keep, 0)} of {len(known)}" for name in last
+    keep = max(math.ceil(search.class_level.keep * len(known)), search.least)
+    last = set(sorted(known, key=lambda name: (-known[name], name))[keep:])
+    dropped = {  # in the zoo's order, in which a catalogue is read fastest
+        name: f"class-level score {known[name]:.3f}, not among the best {keep} of {len(known)}"
+        for name in names
+        if name in last
     }
     if not known:
         run.display.warn(
@@ -67,18 +69,34 @@ def thin(run: Run) -> tuple[list[str], dict[str, float | None], dict[str, str]]:
 
 def accuracy_of(run: Run) -> Callable[[str], float | None]:
     """Return a function that gives a teacher's accuracy on its own classes: its card's, or its catalogue entry's."""
+    from pipeline.models.reference import reference_id
+
     store = _cards(run)
+    reference = reference_id(_reference(run)) if len(store) else ""
 
     def accuracy(name: str) -> float | None:
-        from pipeline.models.reference import reference_id
-
         try:
-            card = store.get(run.zoo.fingerprint_of(name), reference_id(_reference(run)))
+            card = store.get(run.zoo.fingerprint_of(name), reference)
         except TeacherError:  # it fails by itself when it is loaded
             card = None
         return run.zoo[name].accuracy if card is None or card.accuracy is None else card.accuracy
 
     return accuracy
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """Return what the results depend on beside settings and teachers: cards, accuracies, word vectors."""
+    from pipeline.models.cards import cards_path
+    from pipeline.models.files import file_sha256
+
+    settings, found = run.settings.assess, {}
+    cards = cards_path(run.settings.zoo.path)
+    by_centres = settings.search.class_level is not None and settings.search.class_level.cost == "reference"
+    if (by_centres or "source_accuracy" in settings.scores) and cards.exists():
+        found["cards"] = file_sha256(cards)
+    if "source_accuracy" in settings.scores:
+        found["accuracies"] = digest_of([run.zoo[name].accuracy for name in run.zoo.names])
+    return found | vectors_identity(run)
 
 
 def _by_names(run: Run) -> Callable[[str], Tensor | None]:
@@ -135,7 +153,9 @@ def _reference(run: Run) -> Any:
     name = run.settings.assess.reference
     if name is None:
         return None
+    from pipeline.models.zoo import load_zoo
+
     try:
-        return run.zoo[name]
+        return run.zoo[name] if name in run.zoo else load_zoo(run.settings.zoo.path)[name]  # `only` may leave it out
     except UserError as error:
         raise ConfigError(f"assess.reference: {error}") from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import AssessSettings
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.stages.base import Run
-from pipeline.stages.teachers import TeacherJob, save_bridge, save_tensors, table_of
+from pipeline.stages.teachers import TeacherJob, has_labels, save_bridge, save_tensors, table_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,6 @@ class ProbePayload:
     outputs: str
     settings: AssessSettings
     last_rung: int
-    accuracy: float | None
 
 
 def build_probe(run: Run, rungs: Sequence[float]) -> dict[str, Any]:
@@ -74,11 +73,6 @@ def build_probe(run: Run, rungs: Sequence[float]) -> dict[str, Any]:
         "classes": table.classes,
         "vectors": None if labelled else word_vectors(run, table.classes),
     }
-
-
-def has_labels(run: Run) -> bool:
-    """Return whether the task has labelled images to assess teachers on."""
-    return run.settings.task.splits.probe > 0
 
 
 def word_vectors(run: Run, classes: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
@@ -145,7 +139,6 @@ def _score_labelled(
         fitted=part[seen] == _FITTED,
         classifier_weight=outputs.get("classifier_weight"),
         parameters=int(outputs["about"]["parameters"]),
-        accuracy=payload.accuracy,
     )
     estimate, scores = score_labelled(said, num_classes, scores=settings.scores, neighbours=settings.neighbours)
     if rung < payload.last_rung:
@@ -175,10 +168,12 @@ def _score_unlabelled(
     from pipeline.assessment.estimate import Estimate
     from pipeline.assessment.unlabelled import certainty, information
     from pipeline.transport.bridge import given_bridge
-    from pipeline.transport.names import names_cost
+    from pipeline.transport.names import name_words, names_cost
 
-    names = outputs["about"]["classes"].split("\n")
-    M = names_cost(names, shared["classes"], vectors=shared["vectors"])
+    names, vectors = outputs["about"]["classes"].split("\n"), shared["vectors"]
+    if vectors is not None and not any(word in vectors for name in names for word in name_words(name)):
+        vectors = None  # names that only the teacher's source knows: compared by their spelling
+    M = names_cost(names, shared["classes"], vectors=vectors)
     bridge = given_bridge(M, temperature=payload.settings.bridge.temperature)
     carried = bridge.carry(bridge.distribution(outputs["logits"], outputs["features"]))
     told = information(carried)
@@ -195,7 +190,7 @@ def _outputs(payload: ProbePayload, shared: dict[str, Any], rows: torch.Tensor) 
     known = _read_outputs(folder)
     missing = rows if known is None else rows[~torch.isin(rows, known["rows"])]
     if len(missing):
-        fresh = _run_teacher(payload, shared, missing)
+        fresh = _run_teacher(payload, shared, missing, None if known is None else known["about"]["precision"])
         if known is not None:
             fresh |= {key: torch.cat([known[key], fresh[key]]) for key in ("rows", "logits", "features")}
             fresh["about"]["seconds"] = str(float(known["about"]["seconds"]) + float(fresh["about"]["seconds"]))
@@ -217,7 +212,9 @@ def _read_outputs(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _run_teacher(payload: ProbePayload, shared: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+def _run_teacher(
+    payload: ProbePayload, shared: dict[str, Any], rows: torch.Tensor, precision: str | None
+) -> dict[str, Any]:
     import time
 
     import torch
@@ -227,7 +224,10 @@ def _run_teacher(payload: ProbePayload, shared: dict[str, Any], rows: torch.Tens
 
     teacher, settings = payload.job.load(), payload.settings
     parts = [part.numpy() for part in rows.split(settings.batch_size)]
-    autocast = choose_autocast(teacher, torch.from_numpy(shared["images"][parts[0]]), settings.precision)
+    if precision is None:
+        autocast = choose_autocast(teacher, torch.from_numpy(shared["images"][parts[0]]), settings.precision)
+    else:  # as on the rung before
+        autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
     began = time.perf_counter()
     said = predict(teacher, (torch.from_numpy(shared["images"][part]) for part in parts), autocast=autocast)
     seconds = time.perf_counter() - began

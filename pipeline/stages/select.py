@@ -12,8 +12,7 @@ from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.assess import rows_of
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.ingest import table_path
-from pipeline.stages.probe import has_labels
-from pipeline.stages.teachers import carried
+from pipeline.stages.teachers import carried, has_labels
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrialResources
+from pipeline.errors import ConfigError
 from pipeline.models.spec import TeacherSpec
 from pipeline.stages.base import Run
 from pipeline.stages.ingest import table_path
@@ -117,14 +118,32 @@ def teacher_folder(run: Run, name: str) -> Path:
 def outputs_folder(run: Run, name: str) -> Path:
     """Return where a teacher's logits and features are kept, whatever is made of them."""
     settings = run.settings.assess
-    return run.part(
-        "outputs", name, _inputs(run, name) | {"unlabelled": settings.unlabelled, "precision": settings.precision}
-    )
+    about: dict[str, Any] = {"precision": settings.precision}
+    if not has_labels(run):
+        about["unlabelled"] = settings.unlabelled
+    return run.part("outputs", name, _inputs(run, name) | about)
+
+
+def has_labels(run: Run) -> bool:
+    """Return whether the task has labelled images to assess teachers on."""
+    return run.settings.task.splits.probe > 0
+
+
+def vectors_identity(run: Run) -> dict[str, str]:
+    """Return the hash of the file of word vectors; empty without one."""
+    from pipeline.models.files import file_sha256
+
+    path = run.settings.assess.names.path
+    try:
+        return {} if path is None else {"vectors": file_sha256(path)}
+    except OSError as error:
+        raise ConfigError(f"assess.names.path: {path} can't be read ({error.strerror}); check the path") from None
 
 
 def decisive(run: Run) -> dict[str, Any]:
     """Return the settings that a teacher's scores depend on: not how the search thins the zoo, nor the resources."""
-    return run.settings.assess.model_dump(mode="json", exclude={"resources": True, "search": True, "reference": True})
+    excluded = {"resources": True, "search": True, "reference": True, "names": True}
+    return run.settings.assess.model_dump(mode="json", exclude=excluded) | vectors_identity(run)
 
 
 def _inputs(run: Run, name: str) -> dict[str, Any]:

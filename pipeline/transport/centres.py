@@ -126,7 +126,8 @@ def held_out(
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     class_centres(features, labels, num_classes)  # checks features and labels
     labels = labels.long()
-    x = (features - features.mean(0)).double()
+    x = features.double() - features.double().mean(0)
+    x = x / x.square().mean().sqrt().clamp_min(torch.finfo(x.dtype).tiny)  # of any magnitude, in single precision too
     if len(x) < x.shape[1]:
         # Coordinates within the span of the samples: nothing else is compared here, and it is far smaller.
         left, singular, _ = torch.linalg.svd(x, full_matrices=False)

@@ -182,7 +182,7 @@ def test_cards_thin_the_zoo_too(cluster, world, tmp_path):
     assert made.exit_code == 0, made.output
     only = ["task.source.only=[bar, post]", "assess.scores=[source_accuracy]", "assess.search.least=1"]
     only.append("assess.reference=mixed")
-    search = "assess.search.class_level={cost: reference, keep: 0.9}"
+    search = "assess.search.class_level={cost: reference, keep: 0.5}"
     _, rows, _ = run(folder, f"run_dir={folder / 'run'}", search, *only, until="assess")
     by_name = {row["teacher"]: row for row in rows}
     assert {name for name, row in by_name.items() if row["rung"] == 0} == {"solid"}

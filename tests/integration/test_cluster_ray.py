@@ -144,6 +144,25 @@ def climb(payload, rung, shared):
     return {"score": score, "pid": os.getpid(), "sum": int(shared["images"].sum()), "writeable": writeable}
 
 
+def hold(payload, rung):
+    """Leave a mark while running; report how many marks there are."""
+    name, folder = payload
+    mark = Path(folder) / f"{name}-{rung}"
+    mark.touch()
+    time.sleep(0.3)
+    side_by_side = len(list(Path(folder).iterdir()))
+    mark.unlink()
+    return {"score": float(len(name)), "side_by_side": side_by_side}
+
+
+def test_halving_keeps_to_the_limit_on_every_rung(cluster, tmp_path):
+    (tmp_path / "marks").mkdir()
+    items = [TrialItem(f"t{'x' * i}", (f"t{'x' * i}", str(tmp_path / "marks"))) for i in range(4)]
+    rows = run_trials(hold, items, storage=tmp_path, experiment="limit", max_concurrent=1, climbing=(3,))
+    assert [row["rung"] for row in rows.values()] == [0, 1, 1, 1]
+    assert {row["side_by_side"] for row in rows.values()} == {1}
+
+
 def test_halving_runs_the_later_rungs_of_the_best_alone(cluster, tmp_path):
     scores = {f"low{i}": [0.1 + i / 100, None, None] for i in range(6)}
     scores |= {"best": [0.8, 0.8, 0.8], "second": [0.7, 0.9, 0.5], "third": [0.6, 0.1, None], "bad": ["raise"]}

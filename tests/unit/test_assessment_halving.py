@@ -107,6 +107,16 @@ def test_a_reason_says_score_rung_and_cut():
     }
 
 
+def test_a_candidate_that_is_lost_while_it_waits_holds_no_place():
+    standing = Standing(3, [1])
+    standing.enter("a", 0, 1.0)
+    assert standing.settle() == []
+    standing.leave("a")
+    standing.enter("b", 0, 0.5)
+    standing.enter("c", 0, 0.4)
+    assert [(d.name, d.climbs) for d in standing.settle()] == [("b", True), ("c", False)]
+
+
 def test_a_decision_falls_as_soon_as_it_is_certain():
     standing = Standing(4, [2])
     standing.enter("a", 0, 1.0)

@@ -220,6 +220,7 @@ def search(folder: Path) -> tuple[list[dict[str, Any]], float, float]:
     zoo = make_copies(folder / "search")
     rows: dict[str, list[dict[str, Any]]] = {}
     seconds: dict[str, float] = {}
+    picked: dict[str, str] = {}
     common = [f"zoo.path={zoo}", "tracking.enabled=false", "register.enabled=false"]
     common += [f"task.splits.{split}={count}" for split, count in PROBE.items()]
     for name, least in (("search", 16), ("all", 10_000)):
@@ -231,24 +232,33 @@ def search(folder: Path) -> tuple[list[dict[str, Any]], float, float]:
         began = time.perf_counter()
         run_pipeline(settings, until="assess", display=Display())
         seconds[name] = time.perf_counter() - began
+        run_pipeline(settings, until="select", display=Display())
+        choice = json.loads(next(run_dir.glob("select/*/faculty.json")).read_text(encoding="utf-8"))
+        picked[name] = choice["best_single"]
         rows[name] = pq.read_table(next(run_dir.glob("assess/*/assessment.parquet"))).to_pylist()
     table = ImageTable.open(str(next((folder / "search" / "all").glob("ingest/*/images.arrow")).parent))
     truth = truth_of(load_zoo(zoo), table)
     share = sum(row["images"] for row in rows["search"]) / sum(row["images"] for row in rows["all"])
     best = max(truth.values())
-    found, full = (truth[rows[name][0]["teacher"]] for name in ("search", "all"))
-    print(f"search: {rows['search'][0]['teacher']} {found:.4f}, all: {full:.4f}, best {best:.4f}", flush=True)
-    points = 100 * (best - found)
+    short = {name: 100 * (best - truth[teacher]) for name, teacher in picked.items()}
+    first = {name: 100 * (best - truth[rows[name][0]["teacher"]]) for name in rows}
+    print(f"search: {picked['search']}, all: {picked['all']}, best {best:.4f}", flush=True)
     return (
         [
             {"what": "search among 200: share of the forward passes", "value": 100 * share, "unit": "%"},
-            {"what": "search: first teacher's accuracy, short of the best", "value": points, "unit": "points"},
-            {"what": "all 200 assessed: the same", "value": 100 * (best - full), "unit": "points"},
+            {
+                "what": "search: chosen teacher's accuracy, short of the best of 200",
+                "value": short["search"],
+                "unit": "points",
+            },
+            {"what": "all 200 assessed: the same", "value": short["all"], "unit": "points"},
+            {"what": "search: the same of the teacher with the best score", "value": first["search"], "unit": "points"},
+            {"what": "all 200 assessed: the same", "value": first["all"], "unit": "points"},
             {"what": "search: wall time", "value": seconds["search"], "unit": "s"},
             {"what": "all 200 assessed: wall time", "value": seconds["all"], "unit": "s"},
         ],
         share,
-        points,
+        short["search"],
     )
 
 
@@ -285,11 +295,12 @@ def main() -> None:
     ]
     note = (
         f"{SLOTS} processes of one thread each; median of {REPEATS}, stage and bare passes in turn. Overhead: "
-        "ResNet-8, -14 and -20 of width 24 on 500 random images of 32x32; from the moment at which both processes have "
-        "delivered a teacher, against the forward passes of as many preloaded teachers in two processes of their own; "
-        "it includes loading, all scores of the default settings and writing. Search: the demo's ten teachers and 19 "
-        "copies of each with ever more noise in their weights, 900 labelled images, default settings; accuracy: the "
-        "teacher's view, fitted on 200 of them, on 2,000 test images."
+        "ResNet-8, -14 and -20 of width 24 on 500 random images of 32x32; from the fourth teacher that was delivered "
+        "on, when both processes are warm, against the forward passes of as many preloaded teachers in two other "
+        "processes; it includes loading, all scores of the default settings and writing. Search: the demo's ten "
+        "teachers and 19 copies of each with ever more noise in their weights, 900 labelled images, default settings. "
+        "Chosen: the best single teacher of the stage select, by the validation images. Accuracy: the teacher's view, "
+        "fitted on 200 of the images, on 2,000 test images."
     )
     write("assess", [*rows, *found, opened], goals, COLUMNS, note)
     print(json.dumps(goals, indent=1))

@@ -57,7 +57,8 @@ def finished(world: Path) -> subprocess.CompletedProcess[str]:
 
 
 def artefact(world: Path, stage: str, name: str) -> Path:
-    return next((world / "run" / stage).glob(f"*/{name}"))
+    """Return what the first run left; later tests run the world with other settings, too."""
+    return min((world / "run" / stage).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def test_the_output_is_ours_alone(finished: subprocess.CompletedProcess[str]) -> None:

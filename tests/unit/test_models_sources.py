@@ -196,7 +196,7 @@ def test_only_trusted_modules_are_imported(tmp_path: Path, safetensors: Path, mo
 
 
 def test_a_trusted_module_lends_no_trust_to_what_it_imported(safetensors: Path) -> None:
-    bad = weights(safetensors, factory="pipeline.models.files:lru_cache", kwargs={})
+    bad = weights(safetensors, factory="pipeline.models.files:cache", kwargs={})
     assert "no function or class of pipeline.models.files" in problem(bad)
 
 

@@ -81,7 +81,8 @@ class Assess:
         if climbing:
             # Teachers are judged against each other: a row counts if all took part in the same search. What they said
             # is kept apart, so that a search that was cut off, or that others have joined, costs no forward pass twice.
-            search = digest_of([{name: run.fingerprint(name) for name in names}, run.settings.assess.search.rungs])
+            taking_part = {name: run.fingerprint(name) for name in names}
+            search = digest_of([taking_part, list(run.settings.assess.search.rungs), list(climbing)])
             if any(row.get("search") != search for row in rows.values()) or len(rows) < len(names):
                 rows = {}
         else:

@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.data.spec import AugmentSpec, ImageSpec, SourceSpec, SplitSpec
-from pipeline.engine.spec import LoopSpec, ObjectiveSpec
+from pipeline.engine.objective_spec import ComponentPart, FlowSpec, ObjectiveSpec
+from pipeline.engine.spec import LoopSpec
 from pipeline.errors import ConfigError
 from pipeline.models.spec import TRUSTED_FACTORIES, StudentSpec
 from pipeline.strict import StrictModel, load_yaml, parse_yaml, validate
@@ -30,6 +31,26 @@ class TaskSettings(StrictModel):
     test_source: SourceSpec | None = Field(None, description="a source of its own for the test split")
     image: ImageSpec
     splits: SplitSpec = SplitSpec()
+    subtasks: dict[str, dict[str, tuple[str, ...]]] | None = Field(
+        None,
+        description="several tasks on the same images, each with a head of its own: name of the sub-task to its "
+        "classes, each with the classes of the source that belong to it; null: the source's classes are the task",
+    )
+
+    @model_validator(mode="after")
+    def _subtasks_possible(self) -> TaskSettings:
+        for name, classes in (self.subtasks or {}).items():
+            if "/" in name or not name:
+                raise ValueError(f"subtasks: {name!r} is no name of a sub-task; it must not be empty nor hold a slash")
+            if len(classes) < 2:
+                raise ValueError(f"subtasks.{name}: needs at least two classes")
+            members = [member for names in classes.values() for member in names]
+            twice = sorted({member for member in members if members.count(member) > 1})
+            if twice:
+                raise ValueError(f"subtasks.{name}: {twice[0]!r} belongs to two of its classes; keep one")
+        if self.subtasks is not None and not self.subtasks:
+            raise ValueError("subtasks: is empty; name at least one, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _splits_possible(self) -> TaskSettings:
@@ -131,6 +152,9 @@ class AssessSettings(StrictModel):
 class SelectSettings(StrictModel):
     """How the winning set is chosen from the assessed teachers."""
 
+    teachers: Literal["all"] | tuple[str, ...] | None = Field(
+        None, description="these teachers, or all that could be assessed, without a test; null: those that help most"
+    )
     max_teachers: int = Field(4, ge=1)
     max_params: int | None = Field(None, ge=1, description="parameters of the whole set; null: no limit")
     min_gain: float = Field(
@@ -141,9 +165,30 @@ class SelectSettings(StrictModel):
     )
 
 
-class AmalgamateSettings(StrictModel):
-    """How the chosen teachers share the images."""
+class ComponentSettings(StrictModel):
+    """Nets between the teachers and the student, one a sub-task (AKA's first step)."""
 
+    student: StudentSpec | None = Field(None, description="the component nets; null: as the student")
+    loop: LoopSpec | None = Field(None, description="their training; null: as the student's")
+    objective: ComponentPart = ComponentPart()
+
+
+class AmalgamateSettings(StrictModel):
+    """How the chosen teachers share the images.
+
+    `direct`: they teach the student. `components`: those that share a sub-task teach a component net of that sub-task,
+    by the names of their classes, and the component nets teach the student; needs no labels.
+    """
+
+    mode: Literal["direct", "components"] = "direct"
+    choice: Literal["least_ambiguous", "gain", "average", "random"] = Field(
+        "least_ambiguous",
+        description="who teaches an image: the teacher that is surest of it; all, by their transport gain; all alike; "
+        "one drawn by lot",
+    )
+    by_gain: bool = Field(False, description="a teacher's certainty counts as much as its transport gain")
+    confidence: bool = Field(False, description="an image counts as much as its teacher is sure of it")
+    components: ComponentSettings = ComponentSettings()
     batch_size: int = Field(256, ge=1)
     resources: TrialResources = TrialResources()
 
@@ -162,7 +207,18 @@ class DistillSettings(StrictModel):
 
     student: StudentSpec = StudentSpec(name="small_cnn")
     loop: LoopSpec = LoopSpec()
+    start_from: str | None = Field(
+        None,
+        description="a teacher whose architecture and weights the student starts from, or best_single; null: fresh",
+    )
     objective: ObjectiveSpec = ObjectiveSpec()
+    flow: FlowSpec | None = Field(None, description="knowledge flow; null: none")
+    guard: float | None = Field(
+        1.0,
+        ge=0,
+        description="the student trained without teachers is taken instead when it is better on the probe and "
+        "validation images by more than this many standard errors; null: never",
+    )
     augment: AugmentSpec = AugmentSpec()
     resources: TrainResources = TrainResources()
 
@@ -171,7 +227,9 @@ class EvaluateSettings(StrictModel):
     """What the student is compared with."""
 
     seeds: int = Field(1, ge=1, description="trainings of every arm, the student's included")
-    controls: tuple[Literal["no_teacher", "best_single"], ...] = ("no_teacher",)
+    controls: tuple[
+        Literal["no_teacher", "best_single", "random_set", "average", "concatenated", "finetune", "ensemble"], ...
+    ] = ("no_teacher",)
 
 
 class Settings(StrictModel):
@@ -203,14 +261,37 @@ class Settings(StrictModel):
         if "://" in self.run_dir:
             raise ValueError(f"run_dir {self.run_dir} is a URI; a run folder must be a path that every worker sees")
         workers = max(self.distill.resources.num_workers, 1)
-        loop = self.distill.loop
-        for field in ("batch_size", "labelled_batch"):
-            if getattr(loop, field) % workers:
-                raise ValueError(
-                    f"distill.loop.{field}={getattr(loop, field)} can't be shared among "
-                    f"distill.resources.num_workers={workers}; make it a multiple"
-                )
+        loops = {"distill.loop": self.distill.loop, "amalgamate.components.loop": self.amalgamate.components.loop}
+        for section, loop in loops.items():
+            for field in ("batch_size", "labelled_batch"):
+                if loop is not None and getattr(loop, field) % workers:
+                    raise ValueError(
+                        f"{section}.{field}={getattr(loop, field)} can't be shared among "
+                        f"distill.resources.num_workers={workers}; make it a multiple"
+                    )
+        self._consistent_objective()
         return self
+
+    def _consistent_objective(self) -> None:
+        """Refuse losses that have no meaning for the way the teachers are put together."""
+        on = {name for name, _ in self.distill.objective.parts()}
+        components = self.amalgamate.mode == "components"
+        if "component" in on:
+            raise ValueError("distill.objective.component: belongs to amalgamate.components.objective; set it to null")
+        if "target" in on and not components:
+            raise ValueError("distill.objective.target: needs component nets; set amalgamate.mode=components")
+        if self.task.subtasks is not None:
+            if not components:
+                raise ValueError(
+                    "task.subtasks: needs one net a sub-task to learn from; set amalgamate.mode=components"
+                )
+            odd = sorted(on - {"cross_entropy", "target"})
+            if odd:
+                raise ValueError(
+                    f"distill.objective.{odd[0]}: has no meaning for a student with several heads; set it to null"
+                )
+        if components and self.distill.flow is not None:
+            raise ValueError("distill.flow: features flow from teachers, not from component nets; set it to null")
 
     def dump(self) -> dict[str, Any]:
         """Return the resolved settings as plain values."""

@@ -45,8 +45,8 @@ from pipeline.data.table import ImageTable
 from pipeline.engine.arms import TAUGHT, ArmsPayload, train_arms
 from pipeline.engine.context import LocalContext
 from pipeline.engine.evaluation import evaluate
-from pipeline.engine.spec import Arm, OptimSpec
-from pipeline.engine.teaching import Teaching
+from pipeline.engine.spec import SPOKEN, Arm, OptimSpec
+from pipeline.engine.teaching import Speaker, Teaching
 from pipeline.models.nets import __name__ as NETS
 from pipeline.models.spec import StudentSpec
 from pipeline.models.zoo import load_zoo
@@ -54,7 +54,7 @@ from pipeline.models.zoo import load_zoo
 TRUTH = Path(__file__).parent / "truth.parquet"
 NO_TEACHER = "no_teacher"
 LOOP = LoopSpec(epochs=12, batch_size=128, labelled_batch=64, optim=OptimSpec(name="adamw", lr=4e-3, weight_decay=0.05))
-OBJECTIVE = ObjectiveSpec(transport=10, soft_targets=1, reg=0.1)
+OBJECTIVE = ObjectiveSpec()  # the default recipe
 STUDENT = StudentSpec(name="small_cnn", kwargs={"width": 12})
 AUGMENT = {"fashion": (1, True), "mnist": (1, False), "cifar": (2, True)}  # shift, flip
 
@@ -287,7 +287,6 @@ def train_student(job: StudentJob) -> dict[str, Any]:
     """Let one teacher teach one student, as `faculty run` does when it alone is chosen; return its test accuracy."""
     import shutil
 
-    from pipeline.amalgamation.ambiguity import assign
     from pipeline.transport.bridge import fit_bridge
 
     work, task = Path(job.work), ALL_TASKS[job.task]
@@ -302,18 +301,16 @@ def train_student(job: StudentJob) -> dict[str, Any]:
         bridge = fit_bridge(
             "centres", logits=logits, features=features, labels=labelled.labels, num_classes=len(table.classes)
         )
-        p = bridge.distribution(*said.of(taught.ids)).half().float()
-        assignment = assign(bridge.carry(p / p.sum(1, keepdim=True))[None])
+        p = bridge.distribution(*said.of(taught.ids)).half()
         teaching = folder / "teaching"
+        teaching.mkdir(parents=True, exist_ok=True)
+        save_file({"p": p, "carried": bridge.carry(p.float()).half().contiguous()}, teaching / SPOKEN)
         Teaching.save(
             teaching,
             ids=taught.ids,
-            teachers=[job.teacher],
+            speakers=[Speaker(job.teacher, (), 1.0, str(teaching))],
             costs=[bridge.M],
-            teacher=assignment.teacher,
-            p=p,
-            target=assignment.target,
-            weight=assignment.confidence,
+            shares=torch.ones(1, len(taught)),
         )
     shift, flip = AUGMENT[task.source]
     arm = Arm(folder.name, job.seed, str(folder), str(teaching) if teaching else None)

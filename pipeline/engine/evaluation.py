@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from pipeline.distillation.step import Head
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,47 @@ class Evaluation:
             "samples": self.samples,
             "per_class": {name: value for name, value in zip(classes, self.per_class, strict=True) if value == value},
             "confusion": self.confusion.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class HeadsEvaluation:
+    """Scores of a student with several heads: one `Evaluation` a sub-task, over the images that belong to it.
+
+    Attributes
+    ----------
+    heads : dict of str to Evaluation
+        By name of the sub-task.
+    """
+
+    heads: dict[str, Evaluation]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy of the sub-tasks."""
+        return statistics.fmean(found.accuracy for found in self.heads.values())
+
+    @property
+    def ece(self) -> float:
+        """Mean expected calibration error of the sub-tasks."""
+        return statistics.fmean(found.ece for found in self.heads.values())
+
+    def as_dict(self, classes: tuple[str, ...]) -> dict[str, object]:
+        """Return plain numbers for a JSON file; `classes` are ``subtask/class``, all heads one after the other."""
+        per_class: dict[str, float] = {}
+        confusion: dict[str, object] = {}
+        for name, found in self.heads.items():
+            own = tuple(label for label in classes if label.startswith(f"{name}/"))
+            per_class |= {key: value for key, value in zip(own, found.per_class, strict=True) if value == value}
+            confusion[name] = found.confusion.tolist()
+        return {
+            "accuracy": self.accuracy,
+            "accuracies": {name: found.accuracy for name, found in self.heads.items()},
+            "ece": self.ece,
+            "nll": statistics.fmean(found.nll for found in self.heads.values()),
+            "samples": max(found.samples for found in self.heads.values()),
+            "per_class": per_class,
+            "confusion": confusion,
         }
 
 
@@ -93,6 +137,22 @@ def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
         confusion=confusion,
         samples=len(labels),
     )
+
+
+def evaluate_heads(logits: torch.Tensor, labels: torch.Tensor, heads: Sequence[Head]) -> HeadsEvaluation:
+    """Score a student with several heads; `labels` (N,) are classes of the images, from which each head has its own.
+
+    Raises
+    ------
+    ValueError
+        As for `evaluate`; also when no image belongs to a sub-task.
+    """
+    found = {}
+    for head in heads:
+        own = torch.tensor([*head.members, -1])[labels]
+        rows = torch.nonzero(own >= 0)[:, 0]
+        found[head.name] = evaluate(logits[rows][:, head.place], own[rows])
+    return HeadsEvaluation(found)
 
 
 def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:

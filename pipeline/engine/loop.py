@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from pipeline.distillation.step import Said, Seen
 from pipeline.engine.checkpoint import load_state, save_state
 from pipeline.engine.context import WorkerContext
+from pipeline.engine.learner import Learner
 from pipeline.engine.sampling import BatchSampler, seed_of
 from pipeline.engine.spec import LoopSpec, OptimSpec
 
@@ -37,8 +40,16 @@ class Images(Protocol):
 class Targets(Protocol):
     """What teachers say of every taught image."""
 
-    def batch(self, rows: torch.Tensor, device: torch.device) -> Any:
-        """Return the targets of the given rows, as the objective takes them."""
+    def batch(self, rows: torch.Tensor, device: torch.device, wants: Collection[str]) -> Said:
+        """Return what they say of the given rows."""
+        ...
+
+
+class Teachers(Protocol):
+    """Teachers that look at the images of a step."""
+
+    def __call__(self, images: torch.Tensor) -> tuple[Seen, ...]:
+        """Return what each of them shows of the images."""
         ...
 
 
@@ -59,22 +70,24 @@ class Lesson:
     name : str
         Tells this training apart in a checkpoint.
     labelled : Images
-        Images with a label in [0, C).
+        Images with a label in [0, C); may be empty where there are teachers.
     taught : Images
         Images that `targets` speak of, row by row; their labels are not used.
     targets : Targets or None
         None trains on the labels alone, with the same number of steps and the same labelled batches.
+    live : Teachers or None
+        Those of `targets`, in the same order, where the learner wants to see what they see.
     """
 
     name: str
     labelled: Images
     taught: Images
     targets: Targets | None
+    live: Teachers | None = None
 
 
 def fit(
-    student: nn.Module,
-    objective: nn.Module,
+    learner: Learner,
     lesson: Lesson,
     spec: LoopSpec,
     context: WorkerContext,
@@ -86,9 +99,7 @@ def fit(
     """Train a student in place; return the metrics of every epoch.
 
     Each step takes `spec.labelled_batch` labelled and `spec.batch_size` taught images, runs the student on both at
-    once, and minimises ``objective(logits, labels, targets, progress)["loss"]``, where `labels` is −1 for taught
-    images, `targets` belongs to the taught images (the last rows) and `progress` in [0, 1) is the part of the training
-    done.
+    once, and minimises the learner's ``"loss"`` (see `Learner`).
 
     Batches, augmentation and the schedule are pure functions of the seed and the step, and a checkpoint holds the
     model, optimiser, schedule, CPU RNG state of every rank and epoch: interrupted anywhere, training ends with the
@@ -96,8 +107,8 @@ def fit(
 
     Parameters
     ----------
-    student, objective : Module
-        Of the objective, only rank-independent parameters may be trained.
+    learner : Learner
+        The student and what it is trained on; adapters and heads of the objective are trained with it.
     lesson, spec, context, seed, augment
         What is learnt, how, where and from which random numbers.
     report_with : dict, optional
@@ -106,7 +117,7 @@ def fit(
     Raises
     ------
     ValueError
-        If a batch can't be shared evenly among the ranks.
+        If a batch can't be shared evenly among the ranks, or there are neither labels nor teachers.
     FloatingPointError
         If the loss stops being finite; the last checkpoint stands.
     """
@@ -114,20 +125,23 @@ def fit(
     for field, size in (("batch_size", spec.batch_size), ("labelled_batch", spec.labelled_batch)):
         if size % world:
             raise ValueError(f"{field} must be a multiple of the {world} workers, got {size}")
+    if not len(lesson.labelled) and lesson.targets is None:
+        raise ValueError(f"{lesson.name} has neither labelled images nor teachers; there is nothing to learn from")
     steps = math.ceil(len(lesson.taught) / spec.batch_size)
     total = steps * spec.epochs
-    labelled = BatchSampler(
-        len(lesson.labelled), spec.labelled_batch, seed=seed_of(seed, 1), rank=context.rank, world_size=world
-    )
+    labelled = None
+    if len(lesson.labelled):
+        labelled = BatchSampler(
+            len(lesson.labelled), spec.labelled_batch, seed=seed_of(seed, 1), rank=context.rank, world_size=world
+        )
     taught = BatchSampler(
         len(lesson.taught), spec.batch_size, seed=seed_of(seed, 2), rank=context.rank, world_size=world
     )
 
     all_labels = lesson.labelled.labels
-    model = context.prepare(student)
-    objective.to(device)
-    parameters = [*student.parameters(), *objective.parameters()]
-    optimiser = build_optimiser(parameters, spec.optim)
+    model = context.prepare(learner)
+    parameters = list(learner.parameters())
+    optimiser = build_optimiser(parameters, spec.optim, undecayed=learner.undecayed())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, total, spec.optim))
     torch.manual_seed(seed_of(seed, 3, context.rank))
 
@@ -135,8 +149,7 @@ def fit(
     with context.restore() as folder:
         state = load_state(folder) if folder is not None else None
     if state is not None and state["name"] == lesson.name:
-        student.load_state_dict(state["model"])
-        objective.load_state_dict(state["objective"])
+        learner.load_state_dict(state["learner"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
         if len(state["rng"]) == world:
@@ -147,19 +160,24 @@ def fit(
         started = time.perf_counter()
         model.train()
         sums: dict[str, torch.Tensor] = {}
-        pairs = zip(labelled.batches(epoch * steps, steps), taught.batches(epoch * steps, steps), strict=True)
+        none = itertools.repeat(torch.zeros(0, dtype=torch.int64), steps)
+        owns = labelled.batches(epoch * steps, steps) if labelled is not None else none
+        pairs = zip(owns, taught.batches(epoch * steps, steps), strict=True)
         for step, (own, theirs) in enumerate(pairs, start=epoch * steps):
-            images, labels, targets = _batch(lesson, all_labels[own], own, theirs, device)
+            images, labels, said = _batch(lesson, all_labels[own], own, theirs, device, learner.wants)
             if augment is not None:
                 generator = torch.Generator(device=images.device).manual_seed(seed_of(seed, 4, step, context.rank))
                 images = augment(images, generator)
-            parts = objective(model(images), labels, targets, progress=step / total)
+            looks = learner.begin(step / total)
+            live = lesson.live(images) if looks and lesson.live is not None else None
+            parts = model(images, labels, said, live, step / total)
             optimiser.zero_grad(set_to_none=True)
             parts["loss"].backward()
             if spec.optim.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, spec.optim.clip_norm)
             optimiser.step()
             schedule.step()
+            learner.after_step()
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
         metrics = {name: float(value) / steps for name, value in sums.items()}
@@ -170,23 +188,29 @@ def fit(
             "epoch": epoch + 1,
             "lr": float(schedule.get_last_lr()[0]),
             "seconds": seconds,
-            "images_per_second": steps * (spec.batch_size + spec.labelled_batch) / seconds,
+            "images_per_second": steps * (spec.batch_size + (spec.labelled_batch if labelled else 0)) / seconds,
         }
         history.append(metrics)
         keep = (epoch + 1) % spec.checkpoint_every == 0 or epoch + 1 == spec.epochs
         reported = metrics | (report_with or {})
-        _report(context, reported, _state(lesson, student, objective, optimiser, schedule, history, context, keep))
+        _report(context, reported, _state(lesson, learner, optimiser, schedule, history, context, keep))
     return history
 
 
-def build_optimiser(parameters: list[nn.Parameter], spec: OptimSpec) -> torch.optim.Optimizer:
-    """Return the optimiser that the settings name."""
+def build_optimiser(
+    parameters: list[nn.Parameter], spec: OptimSpec, *, undecayed: Collection[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """Return the optimiser that the settings name; weight decay leaves the parameters in `undecayed` alone."""
+    exempt = {id(parameter) for parameter in undecayed}
+    groups: list[dict[str, Any]] = [{"params": [one for one in parameters if id(one) not in exempt]}]
+    if exempt:
+        groups.append({"params": [one for one in parameters if id(one) in exempt], "weight_decay": 0.0})
     if spec.name == "sgd":
         nesterov = spec.momentum > 0
         return torch.optim.SGD(
-            parameters, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, weight_decay=spec.weight_decay
+            groups, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, weight_decay=spec.weight_decay
         )
-    return torch.optim.AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
+    return torch.optim.AdamW(groups, lr=spec.lr, weight_decay=spec.weight_decay)
 
 
 def rate(step: int, total: int, spec: OptimSpec) -> float:
@@ -205,20 +229,24 @@ def rate(step: int, total: int, spec: OptimSpec) -> float:
 
 
 def _batch(
-    lesson: Lesson, labels: torch.Tensor, own: torch.Tensor, theirs: torch.Tensor, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    lesson: Lesson,
+    labels: torch.Tensor,
+    own: torch.Tensor,
+    theirs: torch.Tensor,
+    device: torch.device,
+    wants: Collection[str],
+) -> tuple[torch.Tensor, torch.Tensor, Said | None]:
     images = lesson.labelled.images(own)
     if lesson.targets is None:
         return images.to(device), labels.to(device), None
     images = torch.cat([images, lesson.taught.images(theirs)])
     labels = torch.cat([labels, labels.new_full((len(theirs),), -1)])
-    return images.to(device), labels.to(device), lesson.targets.batch(theirs, device)
+    return images.to(device), labels.to(device), lesson.targets.batch(theirs, device, wants)
 
 
 def _state(
     lesson: Lesson,
-    student: nn.Module,
-    objective: nn.Module,
+    learner: Learner,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     history: list[dict[str, float]],
@@ -237,8 +265,7 @@ def _state(
     return {
         "name": lesson.name,
         "epoch": len(history),
-        "model": student.state_dict(),
-        "objective": objective.state_dict(),
+        "learner": learner.state_dict(),
         "optimiser": optimiser.state_dict(),
         "schedule": schedule.state_dict(),
         "rng": rng,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from pipeline.engine.objective_spec import FlowSpec, ObjectiveSpec
+from pipeline.models.spec import StudentSpec
 from pipeline.strict import StrictModel
+
+# What a teacher says of the taught images, see `pipeline.engine.teaching.Speaker`.
+SPOKEN, RAW = "spoken.safetensors", "raw.safetensors"
 
 
 class OptimSpec(StrictModel):
@@ -34,35 +39,15 @@ class LoopSpec(StrictModel):
     """How long and in what batches a student trains.
 
     An epoch is one pass over the images that teachers teach on (labelled and unlabelled). Every step also draws
-    `labelled_batch` labelled images for the cross-entropy. Batches are global: they are shared among the workers.
+    `labelled_batch` labelled images for the cross-entropy, where the task has any. Batches are global: they are shared
+    among the workers.
     """
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=1, description="images taught by teachers in one step, over all workers")
     labelled_batch: int = Field(64, ge=1, description="labelled images in one step, over all workers")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
     checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
     optim: OptimSpec = OptimSpec()
-
-
-class ObjectiveSpec(StrictModel):
-    """The weights of the loss.
-
-    loss = cross_entropy · CE on labelled images + transport · S_ε(p, q; M) to the teacher of each taught image
-    + soft_targets · KL to what that teacher says of the task's classes.
-    """
-
-    cross_entropy: float = Field(1.0, ge=0)
-    transport: float = Field(10.0, ge=0, description="1 / reg puts it on the scale of a cross-entropy")
-    soft_targets: float = Field(0.0, ge=0)
-    reg: float = Field(0.1, gt=0, description="entropic regulariser ε of the transport loss, on costs in [0, 1]")
-    temperature: float = Field(1.0, gt=0, description="τ of the soft targets")
-    confidence: bool = Field(
-        False, description="an image counts as much as its teacher is sure of it; false: all alike"
-    )
-    ramp: float = Field(
-        0.0, ge=0, le=1, description="fraction of the training over which the teachers' share rises to 1"
-    )
 
 
 @dataclass(frozen=True)
@@ -80,12 +65,24 @@ class Arm:
         `done.json` last.
     teaching : str or None
         Folder of what the teachers say (see `Teaching`); None trains on the labels alone.
+    objective : ObjectiveSpec or None
+        Instead of that of the other arms.
+    flow : FlowSpec or None
+        Knowledge flow from the teachers.
+    student : StudentSpec or None
+        Instead of that of the other arms.
+    start : object or None
+        What the weights start from: its ``load()`` returns a `Teacher` whose weights are taken over where they fit.
     """
 
     name: str
     seed: int
     folder: str
     teaching: str | None
+    objective: ObjectiveSpec | None = None
+    flow: FlowSpec | None = None
+    student: StudentSpec | None = None
+    start: Any = None
 
     @property
     def done(self) -> bool:

@@ -4,42 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.distillation.objectives import CrossEntropy, SoftTargets, TransportDistillation, ramped
-from pipeline.engine.spec import ObjectiveSpec
+from pipeline.distillation.step import Said
+from pipeline.engine.spec import RAW, SPOKEN
 from pipeline.errors import StageError
 
 _TENSORS, _ABOUT = "teaching.safetensors", "teaching.json"
 
 
 @dataclass(frozen=True)
-class TaughtBatch:
-    """What the teachers say of the taught images of one batch.
+class Speaker:
+    """A teacher and where its say lies.
 
     Attributes
     ----------
-    teacher : (B,) int64 tensor
-        Which teacher teaches each image.
-    p : (B, L_max) tensor
-        Its distribution over its own label space, zero beyond that space's size.
-    target : (B, C_s) tensor
-        What it stands for among the task's classes.
-    weight : (B,) tensor
-        How much it counts, in [0, 1].
+    name : str
+    classes : tuple of str
+        Its own, C_t names.
+    gain : float
+        Its transport gain, ≥ 0.
+    folder : str
+        Holds ``spoken.safetensors``: p over its label space (N, L) and what that stands for among the task's classes,
+        `carried` (N, C_s); and, where an objective needs them, ``raw.safetensors``: `logits` (N, C_t) and `features`
+        (N, D). Its name tells one content from another.
     """
 
-    teacher: Tensor
-    p: Tensor
-    target: Tensor
-    weight: Tensor
+    name: str
+    classes: tuple[str, ...]
+    gain: float
+    folder: str
 
 
 class Teaching:
@@ -47,64 +50,80 @@ class Teaching:
 
     Attributes
     ----------
-    teachers : tuple of str
+    speakers : tuple of Speaker
     costs : list of (L_t, C_s) tensor
         Ground cost of each teacher's label space.
+    weights : (T, N) tensor
+        How much each teacher counts for each image.
     digest : str
         Hash of the content.
     """
 
-    def __init__(self, teachers: Sequence[str], costs: list[Tensor], rows: Mapping[str, Tensor], about: dict) -> None:
-        self.teachers, self.costs, self._rows = tuple(teachers), costs, rows
+    def __init__(self, folder: Path, about: dict) -> None:
+        with safe_open(folder / _TENSORS, "pt") as handle:
+            self.weights = handle.get_tensor("shares")
+            self.costs = [handle.get_tensor(f"cost.{number}") for number in range(len(about["speakers"]))]
+        self.speakers = tuple(
+            Speaker(one["name"], tuple(one["classes"]), one["gain"], str((folder / one["folder"]).resolve()))
+            for one in about["speakers"]
+        )
         self.digest: str = about["digest"]
         self._ids: str = about["ids"]
+        self._maps: dict[str, list[dict[str, Tensor]]] = {}
 
     @staticmethod
     def save(
-        folder: Path,
-        *,
-        ids: Sequence[str],
-        teachers: Sequence[str],
-        costs: Sequence[Tensor],
-        teacher: Tensor,
-        p: Tensor,
-        target: Tensor,
-        weight: Tensor,
+        folder: Path, *, ids: Sequence[str], speakers: Sequence[Speaker], costs: Sequence[Tensor], shares: Tensor
     ) -> str:
-        """Write what the teachers say; return its digest. Shapes as in `TaughtBatch`, over all N taught images."""
+        """Write who teaches which image; return the digest.
+
+        Parameters
+        ----------
+        folder : Path
+        ids : N sample ids
+        speakers : T teachers
+        costs : T tensors (L_t, C_s)
+        shares : (T, N) tensor
+            See `pipeline.distillation.step.Said`.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            "teacher": teacher.to(torch.int16),
-            "p": p.half().contiguous(),
-            "target": target.half().contiguous(),
-            "weight": weight.half().contiguous(),
+            "shares": shares.half().contiguous(),
             **{f"cost.{number}": cost.float().clone() for number, cost in enumerate(costs)},
         }
         save_file(tensors, folder / f".{_TENSORS}")
         (folder / f".{_TENSORS}").replace(folder / _TENSORS)
-        with (folder / _TENSORS).open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        about = {"teachers": list(teachers), "ids": _digest_of_ids(ids), "digest": digest}
+        content = hashlib.sha256((folder / _TENSORS).read_bytes())
+        for one in speakers:
+            content.update(f"{Path(one.folder).name}\0{one.classes}\0{one.gain!r}\0".encode())
+        about: dict[str, Any] = {
+            # Relative, so that a run folder can be moved.
+            "speakers": [asdict(one) | {"folder": os.path.relpath(one.folder, folder)} for one in speakers],
+            "ids": _digest_of_ids(ids),
+            "digest": content.hexdigest(),
+        }
         (folder / f".{_ABOUT}").write_text(json.dumps(about), encoding="utf-8")
         (folder / f".{_ABOUT}").replace(folder / _ABOUT)
-        return digest
+        return about["digest"]
 
     @classmethod
     def open(cls, folder: str | Path) -> Teaching:
         """Map the files of `save`."""
         folder = Path(folder)
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-        with safe_open(folder / _TENSORS, "pt") as handle:  # tensors stay views of the memory map
-            rows = {name: handle.get_tensor(name) for name in ("teacher", "p", "target", "weight")}
-            costs = [handle.get_tensor(f"cost.{number}") for number in range(len(about["teachers"]))]
-        return cls(about["teachers"], costs, rows, about)
+        return cls(folder, json.loads((folder / _ABOUT).read_text(encoding="utf-8")))
 
     def __len__(self) -> int:
-        return len(self._rows["teacher"])
+        return self.weights.shape[1]
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers."""
+        return tuple(one.name for one in self.speakers)
 
     def shares(self) -> dict[str, int]:
-        """Return how many images each teacher teaches."""
-        counts = torch.bincount(self._rows["teacher"].long(), minlength=len(self.teachers))
+        """Return for how many images each teacher counts most."""
+        taught = self.weights.float().sum(0) > 0
+        counts = torch.bincount(self.weights.float().argmax(0)[taught], minlength=len(self.speakers))
         return {name: int(count) for name, count in zip(self.teachers, counts, strict=True)}
 
     def check(self, ids: Sequence[str]) -> None:
@@ -118,72 +137,44 @@ class Teaching:
         if len(ids) != len(self) or _digest_of_ids(ids) != self._ids:
             raise StageError("what the teachers said belongs to another image table; run amalgamate again")
 
-    def batch(self, rows: Tensor, device: torch.device) -> TaughtBatch:
-        """Return what the teachers say of some rows."""
-        found = {name: value[rows].to(device) for name, value in self._rows.items()}
-        p, target = found["p"].float(), found["target"].float()
-        return TaughtBatch(  # half precision has rounded the sums away from 1
-            teacher=found["teacher"].long(),
-            p=p / p.sum(1, keepdim=True),
-            target=target / target.sum(1, keepdim=True),
-            weight=found["weight"].float(),
+    def feature_dims(self) -> list[int]:
+        """Return how many penultimate features every teacher has."""
+        return [one["features"].shape[1] for one in self._files(RAW)]
+
+    def features(self, rows: Tensor) -> list[Tensor]:
+        """Return every teacher's penultimate features of some rows."""
+        return [one["features"][rows].float() for one in self._files(RAW)]
+
+    def batch(self, rows: Tensor, device: torch.device, wants: Collection[str] = ()) -> Said:
+        """Return what the teachers say of some rows; logits and features where `wants` names them."""
+        spoken = self._files(SPOKEN)
+        raw = self._files(RAW) if {"said.logits", "said.features"} & set(wants) else []
+
+        def gathered(name: str) -> tuple[Tensor, ...] | None:
+            return tuple(one[name][rows].to(device).float() for one in raw) if f"said.{name}" in wants else None
+
+        return Said(
+            shares=self.weights[:, rows].to(device).float(),
+            p=tuple(_distributions(one["p"][rows].to(device)) for one in spoken),
+            target=torch.stack([_distributions(one["carried"][rows].to(device)) for one in spoken]),
+            logits=gathered("logits"),
+            features=gathered("features"),
         )
+
+    def _files(self, name: str) -> list[dict[str, Tensor]]:
+        if name not in self._maps:
+            self._maps[name] = []
+            for one in self.speakers:
+                with safe_open(Path(one.folder) / name, "pt") as handle:  # tensors stay views of the memory map
+                    self._maps[name].append({key: handle.get_tensor(key) for key in handle.keys()})
+        return self._maps[name]
+
+
+def _distributions(stored: Tensor) -> Tensor:
+    """Undo what half precision did to the sums."""
+    p = stored.float()
+    return p / p.sum(1, keepdim=True)
 
 
 def _digest_of_ids(ids: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
-
-
-class TeachingObjective(nn.Module):
-    """The loss of a student that has labels for some images and teachers for others.
-
-    loss = w_ce · CE(labelled) + ramp · mean_b weight_b (w_t · S_ε(p_b, q_b; M_t(b)) + w_s · τ² KL(target_b ‖ q_b)),
-    each image taught by its own teacher t(b) in that teacher's label space.
-
-    Parameters
-    ----------
-    spec : ObjectiveSpec
-    teaching : Teaching or None
-        None: the labels alone.
-    """
-
-    def __init__(self, spec: ObjectiveSpec, teaching: Teaching | None, *, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.weight, self.ramp, self.confidence = spec.cross_entropy, spec.ramp, spec.confidence
-        self.labels = CrossEntropy(label_smoothing=label_smoothing)
-        self.transport: TransportDistillation | None = None
-        self.soft_targets: SoftTargets | None = None
-        if teaching is not None and spec.transport:
-            self.transport = TransportDistillation(teaching.costs, reg=spec.reg, weight=spec.transport, ramp=spec.ramp)
-        if teaching is not None and spec.soft_targets:
-            self.soft_targets = SoftTargets(weight=spec.soft_targets, temperature=spec.temperature)
-
-    def forward(
-        self, logits: Tensor, labels: Tensor, targets: TaughtBatch | None, *, progress: float
-    ) -> dict[str, Tensor]:
-        """Return ``{"loss", "cross_entropy", "transport", "soft_targets"}``, the parts without their weights.
-
-        Parameters
-        ----------
-        logits : (A + B, C_s) tensor
-            Labelled images first, then taught ones.
-        labels : (A + B,) tensor
-            −1 for taught images.
-        targets : TaughtBatch of B images, or None
-        progress : float
-            Part of the training done, in [0, 1).
-        """
-        parts = self.labels(logits, labels)
-        loss = self.weight * parts.pop("loss")
-        if targets is not None:
-            taught = logits[-len(targets.teacher) :]
-            weights = targets.weight if self.confidence else None
-            if self.transport is not None:
-                found = self.transport(taught, targets.teacher, targets.p, weights=weights, progress=progress)
-                loss = loss + found.pop("loss")
-                parts |= found
-            if self.soft_targets is not None:
-                found = self.soft_targets(taught, targets.target, weights=weights)
-                loss = loss + ramped(progress, self.ramp) * found.pop("loss")
-                parts |= found
-        return {"loss": loss, **parts}

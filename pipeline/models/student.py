@@ -16,7 +16,17 @@ from pipeline.models import nets
 from pipeline.models.capture import captured, find_penultimate, pooled
 from pipeline.models.factories import Refused, called, import_factory, nearest, with_defaults
 from pipeline.models.preprocessing import Preprocessing
-from pipeline.models.spec import TRUSTED_FACTORIES, PreprocessingSpec, StudentSpec
+from pipeline.models.spec import (
+    TRUSTED_FACTORIES,
+    PreprocessingSpec,
+    SafetensorsModel,
+    StateDictModel,
+    StudentSpec,
+    TeacherSpec,
+    TimmModel,
+    TorchvisionModel,
+)
+from pipeline.models.teacher import Teacher
 from pipeline.models.weights import fill, read_state_dict
 from pipeline.strict import StrictModel, validate
 
@@ -179,6 +189,53 @@ def _try(student: Student) -> None:
         raise Refused(f"its output for 2 images is {got}, expected (2, {student.num_classes}) logits")
 
 
+def student_like(teacher: TeacherSpec) -> StudentSpec:
+    """Return a student of a teacher's architecture: its net with fresh weights, its preprocessing.
+
+    Raises
+    ------
+    ConfigError
+        When its architecture can't be built anew: it is a program, or comes from a registry.
+    """
+    source = teacher.source
+    kwargs = {key: value for key, value in getattr(source, "kwargs", {}).items() if key != "num_classes"}
+    match source:
+        case SafetensorsModel() | StateDictModel():
+            name = source.factory
+        case TorchvisionModel() | TimmModel():
+            name = f"{source.type}:{source.model.split('.')[0]}"
+        case _:
+            raise ConfigError(
+                f"a student can't start from teacher {teacher.name!r}: its source is of type {source.type!r}, from "
+                "which no net with other classes can be built; choose another teacher"
+            )
+    return StudentSpec(name=name, kwargs=kwargs, preprocessing=teacher.preprocessing)
+
+
+def adopt(student: Student, teacher: Teacher) -> list[str]:
+    """Take over a teacher's weights wherever name and shape agree; return the names of those that stay fresh.
+
+    Raises
+    ------
+    ConfigError
+        When nothing agrees: the architectures differ.
+    """
+    penultimate = find_penultimate(student.net)
+    own, theirs = student.net.state_dict(), teacher.net.state_dict()
+    # The classifier of other classes may have the same shape by chance.
+    taken = {
+        name: value
+        for name, value in theirs.items()
+        if name in own and own[name].shape == value.shape and name.rpartition(".")[0] != penultimate
+    }
+    if not any(value.is_floating_point() for value in taken.values()):
+        raise ConfigError(
+            f"student {student.spec.name!r} can't start from teacher {teacher.name!r}: their architectures differ"
+        )
+    student.net.load_state_dict(taken, strict=False)
+    return sorted(set(own) - set(taken))
+
+
 class _Saved(StrictModel):
     """What lies beside a student's weights."""
 
@@ -219,6 +276,12 @@ def save_student(student: Student, folder: str | Path, *, classes: Sequence[str]
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
     (folder / "student.json").write_text(json.dumps(saved.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def saved_classes(folder: str | Path) -> tuple[str, ...]:
+    """Return the class names kept with a student; () where there are none."""
+    content = json.loads((Path(folder) / "student.json").read_text(encoding="utf-8"))
+    return validate(_Saved, content, where=str(folder)).classes or ()
 
 
 def load_student(folder: str | Path, *, trusted_factories: tuple[str, ...] | None = TRUSTED_FACTORIES) -> Student:

@@ -1,53 +1,72 @@
-"""Stage amalgamate: every training image gets its teacher, the least ambiguous of the faculty."""
+"""Stage amalgamate: every training image gets its teacher, or its shares of several; or component nets in between."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import StageError
-from pipeline.stages.artefacts import digest_of
+from pipeline.stages.artefacts import digest_of, write_json
+from pipeline.stages.assess import rows_of
 from pipeline.stages.base import Outcome, Run
-from pipeline.stages.ingest import table_path
-from pipeline.stages.teachers import TeacherJob, load_bridge, teacher_folder
+from pipeline.stages.probe import classes_of
+from pipeline.stages.speaking import speak, spoken
+from pipeline.stages.teachers import load_bridge, table_of, teacher_folder
 
-_NONE = "none"
+if TYPE_CHECKING:
+    import torch
 
+    from pipeline.amalgamation.ambiguity import Assignment
+    from pipeline.engine.teaching import Speaker
 
-@dataclass(frozen=True)
-class SpeakPayload:
-    """What travels to the worker that runs a teacher over the training images."""
-
-    job: TeacherJob
-    bridge: str
-    batch_size: int
+NONE = "none"
+_BINS = 20
 
 
 class Amalgamate:
     """Faculty and table → `assignments.parquet` (image, teacher, ambiguity of each) and what the student is taught."""
 
     name = "amalgamate"
-    version = 1
+    version = 2
     needs = ("ingest", "assess", "select")
 
     def inputs(self, run: Run) -> Mapping[str, Any]:
-        """Depend on nothing but what the former stages found."""
-        return {}
+        """Depend on how the teachers are put together; with component nets also on how these are trained."""
+        settings = run.settings.amalgamate
+        found: dict[str, Any] = {
+            "amalgamate": settings.model_dump(mode="json", exclude={"resources", "batch_size", "components"}),
+            "raw": needs_raw(run),
+        }
+        if settings.choice == "random" and settings.mode == "direct":
+            found["seed"] = run.settings.seed
+        if settings.mode == "components":
+            distill = run.settings.distill.model_dump(mode="json", include={"student", "loop", "augment"})
+            found |= {
+                "components": settings.components.model_dump(mode="json"),
+                "distill": distill,
+                "seed": run.settings.seed,
+                "subtasks": run.settings.task.subtasks,
+            }
+        return found
 
     def run(self, run: Run, folder: Path) -> Outcome:
-        """Run the faculty over the training images; give each image to the least ambiguous of it."""
+        """Run the faculty over the training images; share them out."""
         names = chosen(run)["chosen"]
         if not names:
-            return Outcome(digest=_NONE, summary={"shares": {}})
-        speak(run, names)
-        digest = teach(run, names, folder)
-        run.tracker.artifact(folder / "assignments.parquet")
-        from pipeline.engine.teaching import Teaching
+            return Outcome(digest=NONE, summary={"shares": {}})
+        if run.settings.amalgamate.mode == "components":
+            from pipeline.stages.components import amalgamate_components
 
-        return Outcome(digest=digest, summary={"shares": Teaching.open(folder).shares()})
+            digest, summary = amalgamate_components(run, names, folder)
+        else:
+            digest = teach(run, names, folder)
+            from pipeline.engine.teaching import Teaching
+
+            summary = {"shares": Teaching.open(folder).shares()}
+        run.tracker.artifact(folder / "assignments.parquet")
+        _show_histograms(run, folder)
+        return Outcome(digest=digest, summary=summary)
 
 
 def chosen(run: Run) -> dict[str, Any]:
@@ -55,117 +74,157 @@ def chosen(run: Run) -> dict[str, Any]:
     return json.loads((run.folder("select") / "faculty.json").read_text(encoding="utf-8"))
 
 
+def wanted(run: Run) -> frozenset[str]:
+    """Return what the student's objective needs of the teachers, see `pipeline.distillation.step.Objective`."""
+    from pipeline.engine.objectives import wants
+
+    return wants(run.settings.distill.objective)
+
+
+def needs_raw(run: Run) -> bool:
+    """Return whether the teachers' logits and features are to be kept beside what they say of the task."""
+    return bool({"said.logits", "said.features", "labelled"} & wanted(run))
+
+
 def teaching_of(run: Run) -> tuple[Path | None, str]:
-    """Return where the faculty's say lies and its digest; (None, "") when no teacher was chosen."""
+    """Return where the faculty's say lies and its digest.
+
+    (None, "") when no teacher was chosen, or the student's loss asks for none.
+    """
     digest = run.records["amalgamate"].digest
-    return (None, "") if digest == _NONE else (run.folder("amalgamate"), digest)
+    if digest == NONE or (not wanted(run) and run.settings.distill.flow is None):
+        return None, ""
+    return run.folder("amalgamate"), digest
 
 
-def single_teaching(run: Run) -> tuple[str, Path, str] | None:
-    """Let the best single teacher teach alone, as a control; None when it is the whole faculty.
-
-    Returns
-    -------
-    name, folder, digest
-    """
-    choice = chosen(run)
-    name = choice["best_single"]
-    if name is None or choice["chosen"] == [name]:
-        return None
-    speak(run, [name])
-    folder = run.part("alone", name, {"spoken": spoken(run, name).name})
-    return name, folder, teach(run, [name], folder)
+def teaching_by(run: Run, kind: str, names: Sequence[str], **how: Any) -> tuple[Path, str]:
+    """Let other teachers teach, or share the images otherwise, as a control; return folder and digest."""
+    raw = needs_raw(run) or bool(how.pop("raw", False))
+    speak(run, names, raw=raw)
+    folder = run.part("controls", kind, {"spoken": [spoken(run, name).name for name in names], **how, "raw": raw})
+    return folder, teach(run, names, folder, raw=raw, **how)
 
 
-def speak(run: Run, names: Sequence[str]) -> None:
-    """Run teachers over the training images, those that have not been; side by side on the cluster.
+def speaker(run: Run, name: str) -> Speaker:
+    """Describe a teacher as `Teaching` keeps it."""
+    from pipeline.engine.teaching import Speaker
 
-    Raises
-    ------
-    StageError
-        If one of them fails, naming it.
-    """
-    missing = [name for name in names if not (spoken(run, name) / "spoken.safetensors").exists()]
-    if not missing:
-        return
-    settings = run.settings.amalgamate
-    payloads = [
-        SpeakPayload(
-            TeacherJob.of(run, name, spoken(run, name), settings.resources),
-            str(teacher_folder(run, name)),
-            settings.batch_size,
-        )
-        for name in missing
-    ]
-    from pipeline.cluster.tasks import map_tasks
-
-    run.open_cluster()
-    with run.display.bar("faculty", len(missing)) as advance:
-        results = map_tasks(
-            speak_one,
-            payloads,
-            resources={"CPU": settings.resources.cpus, "GPU": settings.resources.gpus},
-            max_concurrent=settings.resources.max_concurrent,
-            max_failures=settings.resources.max_failures,
-            on_result=lambda index, value, error: advance(1, missing[index]),
-        )
-    for name, (_, error) in zip(missing, results, strict=True):
-        if error is not None:
-            raise StageError(f"amalgamate: teacher {name!r} failed over the training images: {error}")
+    row = next(row for row in rows_of(run) if row["teacher"] == name)
+    gain = row.get("bridge_gain")
+    weight = 1.0 if gain is None else max(float(gain), 0.0)
+    return Speaker(name, classes_of(run, name), weight, str(spoken(run, name)))
 
 
-def spoken(run: Run, name: str) -> Path:
-    """Return the folder of what a teacher says of the training images, keyed like its assessment."""
-    return run.part("spoken", name, {"assessed": teacher_folder(run, name).name})
-
-
-def speak_one(payload: SpeakPayload) -> None:
-    """Run one teacher over the training images; on a worker.
-
-    Stores p over its label space (N, L) and what that stands for among the task's classes (N, C_s), in half precision.
-    """
-    from pipeline.data.table import ImageTable
-    from pipeline.engine.arms import TAUGHT
-    from pipeline.models.teacher import predict
-
-    split = ImageTable.open(payload.job.table).split(*TAUGHT)
-    bridge = load_bridge(Path(payload.bridge))
-    output = predict(payload.job.load(), split.batches(payload.batch_size))
-    p = bridge.distribution(output.logits, output.features)
-    payload.job.save("spoken.safetensors", {"p": p.half(), "carried": bridge.carry(p).half()})
-
-
-def teach(run: Run, names: Sequence[str], folder: Path) -> str:
-    """Assign every training image to one of the teachers; return the digest of what the student is taught."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def teach(run: Run, names: Sequence[str], folder: Path, *, choice: str | None = None, raw: bool | None = None) -> str:
+    """Share the training images among teachers; return the digest of what the student is taught."""
     import torch
-    from safetensors.torch import load_file
 
-    from pipeline.amalgamation.ambiguity import assign
-    from pipeline.data.table import ImageTable
     from pipeline.engine.arms import TAUGHT
     from pipeline.engine.teaching import Teaching
 
-    said = [load_file(spoken(run, name) / "spoken.safetensors") for name in names]
-    carried = torch.stack([one["carried"].float() for one in said])
-    carried /= carried.sum(-1, keepdim=True)  # half precision rounds the sums away from 1
-    assignment = assign(carried)
-    widest = max(one["p"].shape[1] for one in said)
-    p = torch.stack([torch.nn.functional.pad(one["p"], (0, widest - one["p"].shape[1])) for one in said])
-    ids = ImageTable.open(str(table_path(run))).split(*TAUGHT).ids
-    rows = torch.arange(len(ids))
+    settings = run.settings.amalgamate
+    choice = choice or settings.choice
+    speak(run, names, raw=needs_raw(run) if raw is None else raw)
+    speakers = [speaker(run, name) for name in names]
+    gains = [one.gain for one in speakers]
+    found = assign_carried(run, names, gains if settings.by_gain and max(gains) > 0 else None)
+    samples = found.ambiguity.shape[1]
+    if choice == "random":
+        generator = torch.Generator().manual_seed(run.settings.seed)
+        teacher = torch.randint(len(names), (samples,), generator=generator)
+    else:
+        teacher = found.teacher
+    shares = torch.zeros(len(names), samples)
+    if choice in ("least_ambiguous", "random"):
+        shares[teacher, torch.arange(samples)] = 1.0
+    else:
+        weights = torch.tensor(gains if choice == "gain" and max(gains) > 0 else [1.0] * len(names))
+        shares += (weights / weights.sum())[:, None]
+    if settings.confidence:
+        shares *= 1 - found.ambiguity
+    split = table_of(run).split(*TAUGHT)
     digest = Teaching.save(
         folder,
-        ids=ids,
-        teachers=names,
-        costs=[load_bridge(teacher_folder(run, name)).M for name in names],
-        teacher=assignment.teacher,
-        p=p[assignment.teacher, rows],
-        target=assignment.target,
-        weight=assignment.confidence,
+        ids=split.ids,
+        speakers=speakers,
+        costs=[ground_cost(run, name) for name in names],
+        shares=shares,
     )
-    columns = {"sample_id": ids, "teacher": [names[int(number)] for number in assignment.teacher]}
-    columns |= {f"ambiguity.{name}": row.tolist() for name, row in zip(names, assignment.ambiguity, strict=True)}
-    pq.write_table(pa.table(columns), folder / "assignments.parquet")
+    write_assignments(folder, split.ids, {"": (names, teacher, found.ambiguity)})
+    classes = torch.where(split.labels >= 0, split.labels, found.target.argmax(1))
+    write_json(folder / "histograms.json", histograms(names, found.ambiguity, teacher, classes, table_of(run).classes))
     return digest_of([digest, list(names)])
+
+
+def assign_carried(run: Run, names: Sequence[str], gains: Sequence[float] | None = None) -> Assignment:
+    """Give every training image to the teacher that is least ambiguous of it, all carried to the task's classes."""
+    import torch
+    from safetensors import safe_open
+
+    from pipeline.amalgamation.ambiguity import assign
+    from pipeline.engine.spec import SPOKEN
+
+    said = []
+    for name in names:
+        with safe_open(spoken(run, name) / SPOKEN, "pt") as handle:
+            said.append(handle.get_tensor("carried").float())
+    carried = torch.stack(said)
+    carried /= carried.sum(-1, keepdim=True)  # half precision rounds the sums away from 1
+    return assign(carried, gains=gains)
+
+
+def ground_cost(run: Run, name: str) -> torch.Tensor:
+    """Return the ground cost (L_t, C_s) from a teacher's label space to the task's classes."""
+    return load_bridge(teacher_folder(run, name)).M
+
+
+def write_assignments(
+    folder: Path, ids: Sequence[str], found: Mapping[str, tuple[Sequence[str], torch.Tensor, torch.Tensor]]
+) -> None:
+    """Write `assignments.parquet`: by sub-task ("" for a single one) teachers, who teaches, and all ambiguities."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {"sample_id": ids}
+    for subtask, (names, teacher, ambiguity) in found.items():
+        prefix = f"{subtask}." if subtask else ""
+        columns[f"{prefix}teacher"] = [names[int(number)] for number in teacher]
+        columns |= {f"{prefix}ambiguity.{name}": row.tolist() for name, row in zip(names, ambiguity, strict=True)}
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / ".assignments.parquet")
+    (folder / ".assignments.parquet").replace(folder / "assignments.parquet")
+
+
+def histograms(
+    names: Sequence[str],
+    ambiguity: torch.Tensor,
+    teacher: torch.Tensor,
+    classes: torch.Tensor,
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """Count ambiguities by teacher, and images by teacher and class (the label, or else what the teacher says)."""
+    import torch
+
+    edges = torch.linspace(0, 1, _BINS + 1)
+    counts = torch.bincount(teacher * len(class_names) + classes, minlength=len(names) * len(class_names))
+    return {
+        "edges": edges.tolist(),
+        "ambiguity": {
+            name: torch.histc(row, _BINS, 0, 1).int().tolist() for name, row in zip(names, ambiguity, strict=True)
+        },
+        "classes": list(class_names),
+        "taught": dict(zip(names, counts.view(len(names), -1).tolist(), strict=True)),
+    }
+
+
+def _show_histograms(run: Run, folder: Path) -> None:
+    """Hand the histograms to the tracking store, as numbers and as pictures."""
+    from pipeline.report.plots import plot_histograms
+
+    path = folder / "histograms.json"
+    run.tracker.artifact(path)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name, one in ({"": found} if "edges" in found else found).items():
+        picture = folder / f"histograms{'-' if name else ''}{name}.png"
+        plot_histograms(one, picture)
+        run.tracker.artifact(picture)

@@ -9,60 +9,73 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.stages import training
-from pipeline.stages.amalgamate import single_teaching
+from pipeline.errors import ConfigError
+from pipeline.stages import controls, training
+from pipeline.stages.amalgamate import teaching_of
 from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.base import Outcome, Run
-from pipeline.stages.distill import student_arm
+from pipeline.stages.components import component_references
+from pipeline.stages.distill import control_arm, student_arm
+from pipeline.stages.heads import student_classes
+from pipeline.stages.teachers import has_labels, table_of
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train the student, with one arm a seed."""
+    """One way to train the student, with one arm a seed; or predictions that no training was needed for."""
 
     name: str
     title: str
     arms: tuple[training.Arm, ...]
+    logits: Any = None
 
 
 class Evaluate:
     """Student and controls → `evaluation.json`: accuracy by class, calibration, confusion, and the differences."""
 
     name = "evaluate"
-    version = 1
-    needs = ("ingest", "select", "amalgamate", "distill")
+    version = 2
+    needs = ("ingest", "assess", "select", "amalgamate", "distill")
 
     def inputs(self, run: Run) -> Mapping[str, Any]:
         """Depend on the settings and on those of the training, which the controls share."""
         return {
             "evaluate": run.settings.evaluate.model_dump(mode="json"),
             "distill": run.settings.distill.model_dump(mode="json", exclude={"resources"}),
+            "subtasks": run.settings.task.subtasks,
             "seed": run.settings.seed,
         }
 
     def run(self, run: Run, folder: Path) -> Outcome:
         """Train the controls, test all arms, compare."""
-        from pipeline.data.table import ImageTable
-        from pipeline.stages.ingest import table_path
-
+        if not len(table_of(run).split("test")):
+            verdict = "not evaluated: the test split is empty (task.splits.test)"
+            write_json(folder / "evaluation.json", {"arms": [], "verdict": verdict, "classes": []})
+            return Outcome(digest=digest_of(verdict), summary={"verdict": verdict})
         contenders = _contenders(run)
-        training.train(run, [arm for contender in contenders for arm in contender.arms], "controls")
-        classes = ImageTable.open(str(table_path(run))).classes
+        arms = [arm for contender in contenders for arm in contender.arms]
+        training.train(run, arms, "controls", component_references(run))
+        classes = student_classes(run)
         rows: list[dict[str, Any]] = []
         for contender in contenders:
-            scores = [training.score(run, arm, "test") for arm in contender.arms]
+            if contender.logits is None:
+                scores = [training.score(run, arm, "test") for arm in contender.arms]
+            else:
+                scores = [training.judge(run, contender.logits, "test")]
             accuracies = [found.accuracy for found in scores]
-            rows.append(
-                {
-                    "name": contender.name,
-                    "title": contender.title,
-                    "accuracies": accuracies,
-                    "mean": statistics.fmean(accuracies),
-                    "std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
-                    "ece": statistics.fmean(found.ece for found in scores),
-                    "first": scores[0].as_dict(classes),
-                }
-            )
+            row: dict[str, Any] = {
+                "name": contender.name,
+                "title": contender.title,
+                "accuracies": accuracies,
+                "mean": statistics.fmean(accuracies),
+                "std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+                "ece": statistics.fmean(found.ece for found in scores),
+                "first": scores[0].as_dict(classes),
+            }
+            if contender.arms and contender.arms[0].flow is not None:
+                with_teachers = [training.score(run, arm, "test", with_teachers=True) for arm in contender.arms]
+                row["mean_with_teachers"] = statistics.fmean(found.accuracy for found in with_teachers)
+            rows.append(row)
         for row in rows[1:]:
             row |= difference(rows[0]["accuracies"], row["accuracies"])
         verdict = _verdict(run, rows)
@@ -88,28 +101,43 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, floa
 
 
 def _contenders(run: Run) -> list[Contender]:
-    settings, first = run.settings, student_arm(run)
-    seeds = range(settings.evaluate.seeds)
-    taught = first.teaching is not None
-    title = "the faculty" if taught else "no teacher (the student)"
-    found = [Contender("student", title, tuple(student_arm(run, seed) for seed in seeds))]
-    if "no_teacher" in settings.evaluate.controls and taught:
-        arms = tuple(training.arm(run, "no_teacher", settings.seed + seed, None, "") for seed in seeds)
-        found.append(Contender("no_teacher", "no teacher", arms))
-    if "best_single" in settings.evaluate.controls:
-        single = single_teaching(run)
-        if single is None:
-            run.display.note("the best single teacher is the whole faculty, or there is none: no control of its own")
-        else:
-            name, folder, digest = single
-            arms = tuple(training.arm(run, "best_single", settings.seed + seed, folder, digest) for seed in seeds)
-            found.append(Contender("best_single", f"the best single teacher ({name})", arms))
+    settings, seeds = run.settings, range(run.settings.evaluate.seeds)
+    taught = teaching_of(run)[0] is not None
+    dropped = run.records["distill"].summary.get("guard", {}).get("kept") == "no_teacher"
+    own = tuple(student_arm(run, seed) for seed in seeds)
+    alone = tuple(control_arm(run, seed) for seed in seeds) if has_labels(run) else ()
+    if dropped:
+        found = [Contender("student", "no teacher (the student)", alone), Contender("taught", "the faculty", own)]
+    elif taught:
+        found = [Contender("student", "the faculty", own)]
+    elif settings.distill.start_from is not None:
+        found = [Contender("student", "labels, from a teacher's weights", own)]
+    else:
+        found = [Contender("student", "no teacher (the student)", own)]
+    wanted = settings.evaluate.controls
+    if "no_teacher" in wanted and not dropped and alone and alone != own:
+        found.append(Contender("no_teacher", "no teacher", alone))
+    for name in wanted:
+        if name == "no_teacher":
+            continue
+        try:
+            made = controls.make(run, name)
+        except ConfigError as error:
+            run.display.note(f"control {name} is left out: {error}")
+            continue
+        arms = tuple(made.arm(seed) for seed in seeds) if made.arm is not None else ()
+        found.append(Contender(name, made.title, arms, made.logits))
     return found
 
 
 def _verdict(run: Run, rows: list[dict[str, Any]]) -> str:
     student = rows[0]
     if student["title"].startswith("no teacher"):
+        if len(rows) > 1 and rows[1]["name"] == "taught":
+            return (
+                "do not transfer: the student that was taught was worse on the probe and validation images; "
+                "the one that learnt from the labels alone was kept"
+            )
         return "do not transfer: no teacher was chosen; the student was trained on the labels alone"
     parts = []
     for row in rows[1:]:
@@ -123,4 +151,7 @@ def _verdict(run: Run, rows: list[dict[str, Any]]) -> str:
         else:
             kind = "not clear"
         parts.append(f"{100 * gap:+.1f} points against {row['title']} ({kind})")
-    return f"student {100 * student['mean']:.1f} %: " + "; ".join(parts) if parts else f"{100 * student['mean']:.1f} %"
+    own = f"{100 * student['mean']:.1f} %"
+    if "mean_with_teachers" in student:
+        own += f" on its own ({100 * student['mean_with_teachers']:.1f} % with its teachers)"
+    return f"student {own}: " + "; ".join(parts) if parts else own

@@ -31,7 +31,7 @@ class Ingest:
         task = run.settings.task
         sources = {"source": task.source, "test_source": task.test_source}
         return {
-            "task": _without_paths(task.model_dump(mode="json")),
+            "task": _without_paths(task.model_dump(mode="json", exclude={"subtasks"})),
             "seed": run.settings.seed,
             "content": {name: source_identity(source) for name, source in sources.items() if source is not None},
         }

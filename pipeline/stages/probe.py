@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import AssessSettings
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.stages.base import Run
-from pipeline.stages.teachers import TeacherJob, has_labels, save_bridge, save_tensors, table_of
+from pipeline.stages.teachers import TeacherJob, has_labels, outputs_folder, save_bridge, save_tensors, table_of
 
 if TYPE_CHECKING:
     import torch
@@ -210,6 +210,12 @@ def _read_outputs(folder: Path) -> dict[str, Any] | None:
             return {key: handle.get_tensor(key) for key in handle.keys()} | {"about": handle.metadata()}
     except (OSError, SafetensorError):  # not there, or cut off: the teacher says it again
         return None
+
+
+def classes_of(run: Run, name: str) -> tuple[str, ...]:
+    """Return the class names of a teacher that has been run."""
+    known = _read_outputs(outputs_folder(run, name))
+    return class_names_of(run.zoo[name]) if known is None else tuple(known["about"]["classes"].split("\n"))
 
 
 def _run_teacher(

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.stages.artefacts import digest_of, write_json, write_text
 from pipeline.stages.base import Outcome, Run
+from pipeline.stages.heads import student_classes
 from pipeline.stages.ingest import table_path
 
 _EXAMPLE = 4
@@ -34,6 +35,7 @@ class Register:
     def run(self, run: Run, folder: Path) -> Outcome:
         """Export and register; the same content again adds no version."""
         from pipeline.data.table import ImageTable
+        from pipeline.engine.arms import TAUGHT
         from pipeline.models.student import load_student
         from pipeline.tracking.registry import register_student
 
@@ -47,8 +49,8 @@ class Register:
             found = register_student(
                 run.tracker,
                 student=student,
-                example=table.split("validation").images(slice(0, _EXAMPLE)).numpy(),
-                classes=table.classes,
+                example=table.split(*TAUGHT).images(slice(0, _EXAMPLE)).numpy(),
+                classes=student_classes(run),
                 name=settings.name,
                 alias=settings.alias,
                 tags={"data.fingerprint": table.fingerprint, "run": run.settings.name},
@@ -75,7 +77,7 @@ def model_card(run: Run, lineage: Mapping[str, Any]) -> str:
     """Return the model's description in Markdown: data, teachers, results against the controls, limits."""
     settings, ingest = run.settings, run.records["ingest"].summary
     evaluation = json.loads((run.folder("evaluate") / "evaluation.json").read_text(encoding="utf-8"))
-    classes = evaluation["classes"]
+    classes = student_classes(run)
     lines = [
         f"# {settings.registration.name}",
         "",
@@ -102,16 +104,13 @@ def model_card(run: Run, lineage: Mapping[str, Any]) -> str:
         f"| {arm['ece']:.3f} |"
         for arm in evaluation["arms"]
     ]
-    first = evaluation["arms"][0]["first"]["per_class"]
-    weakest = sorted(first.items(), key=lambda item: item[1])[:3]
-    lines += [
-        "",
-        f"{evaluation['verdict']}.",
-        "",
-        "## Limits",
-        "",
-        f"Weakest classes: {', '.join(f'{name} {100 * value:.0f} %' for name, value in weakest)}. "
-        "Measured on the test split of the same source; other images may give other results.",
-        "",
-    ]
+    lines += ["", f"{evaluation['verdict']}.", "", "## Limits", ""]
+    if evaluation["arms"]:
+        first = evaluation["arms"][0]["first"]["per_class"]
+        weakest = sorted(first.items(), key=lambda item: item[1])[:3]
+        lines.append(
+            f"Weakest classes: {', '.join(f'{name} {100 * value:.0f} %' for name, value in weakest)}. "
+            "Measured on the test split of the same source; other images may give other results."
+        )
+    lines.append("")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Settings
+from pipeline.engine.objective_spec import objective_of
 from pipeline.errors import ConfigError
 from pipeline.report.console import Display
 from pipeline.stages import tables
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from pipeline.models.zoo import Zoo
 
 STAGES: tuple[Stage, ...] = (Ingest(), Assess(), Select(), Amalgamate(), Distill(), Evaluate(), Register())
-_WITHOUT_LABELS = ("ingest", "assess", "select")
 
 
 def run_pipeline(
@@ -48,7 +48,7 @@ def run_pipeline(
     """
     display, zoo, files = display or Display(), _zoo(settings), RunFolder(settings.run_dir)
     wanted = [stage for stage in STAGES[: 1 + _position(until)] if _enabled(stage, settings)]
-    _check_labels(settings, wanted)
+    _check_objective(settings, wanted)
     _check_registry(settings, wanted, files)
     files.prepare()
     with files.lock():
@@ -90,13 +90,22 @@ def show_status(settings: Settings, *, until: str = "register", display: Display
     return found
 
 
-def _check_labels(settings: Settings, wanted: list[Stage]) -> None:
-    """Refuse to train on a task without labels before teachers have been run over it."""
-    last = [stage.name for stage in wanted if stage.name not in _WITHOUT_LABELS]
-    if settings.task.splits.probe == 0 and last:
+def _check_objective(settings: Settings, wanted: list[Stage]) -> None:
+    """Refuse a loss that can't be built, or that needs labels where there are none, before teachers have been run."""
+    if not any(stage.name == "distill" for stage in wanted):
+        return
+    from pipeline.engine.objectives import wants
+
+    needed, loss = wants(settings.distill.objective), settings.distill.objective
+    if settings.task.splits.probe:
+        return
+    if "labelled" in needed:
+        names = [name for name, part in loss.parts() if "labelled" in wants(objective_of(**{name: part.model_dump()}))]
+        raise ConfigError(f"distill.objective.{(names or ['own'])[0]}: needs labelled images, and the task has none")
+    if not needed and settings.distill.flow is None:
         raise ConfigError(
-            f"task.splits: {last[0]} needs labelled images, and train_labelled, probe and validation are 0; give at "
-            "least 1 a class of each, or stop before: faculty assess, faculty select"
+            "distill.objective: nothing in it learns from teachers, and the task has no labels; switch on transport or "
+            "kd, or give labels (task.splits)"
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import SelectSettings
+from pipeline.errors import ConfigError
 from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.assess import rows_of
 from pipeline.stages.base import Outcome, Run
@@ -40,6 +42,8 @@ class Select:
         settings, table = run.settings.select, ImageTable.open(str(table_path(run)))
         rows = {row["teacher"]: row for row in rows_of(run)}
         usable = [name for name, row in rows.items() if row["error"] is None and row["dropped"] is None]
+        if settings.teachers is not None:
+            return self._finish(run, folder, _choose_given(settings, usable, rows), rows)
         if not has_labels(run):
             choice = _choose_unverified(settings, [rows[name] for name in usable])
             return self._finish(run, folder, choice, rows)
@@ -67,6 +71,26 @@ class Select:
         return Outcome(digest=digest_of([choice["chosen"], choice["best_single"]]), summary=summary)
 
 
+def _choose_given(settings: SelectSettings, usable: list[str], rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Take the teachers that the settings name, in the order of the assessment."""
+    if settings.teachers == "all" or settings.teachers is None:
+        wanted: tuple[str, ...] = tuple(usable)
+    else:
+        wanted = settings.teachers
+        for name in wanted:
+            if name not in rows:
+                near = difflib.get_close_matches(name, rows, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"select.teachers: the zoo has no teacher {name!r}{hint}")
+            if name not in usable:
+                why = rows[name]["error"] or rows[name]["dropped"]
+                raise ConfigError(f"select.teachers: {name!r} can't be taken ({why}); leave it out, or mend it")
+    names = [name for name in usable if name in wanted]
+    verdict = f"{len(names)} teachers, given by select.teachers: not tested against no teacher"
+    reasons = {name: f"{'' if name in names else 'not '}named by select.teachers" for name in usable}
+    return _choice(names, verdict, reasons, best=usable[:1])
+
+
 def _choose_unverified(settings: SelectSettings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Choose without labels: the most informative teachers that the others do not contradict, within the budget."""
     chosen: list[str] = []
@@ -90,9 +114,14 @@ def _choose_unverified(settings: SelectSettings, rows: list[dict[str, Any]]) -> 
         if chosen
         else "no teacher says anything of the task, going by the names of its classes"
     )
+    return _choice(chosen, verdict, reasons, best=chosen[:1])
+
+
+def _choice(chosen: list[str], verdict: str, reasons: dict[str, str], *, best: list[str]) -> dict[str, Any]:
+    """Return a choice without scores."""
     return {
         "chosen": chosen,
-        "best_single": chosen[0] if chosen else None,
+        "best_single": best[0] if best else None,
         "verdict": verdict,
         "score": None,
         "score_interval": None,

@@ -138,18 +138,32 @@ def _interval(row: dict[str, Any]) -> str:
 
 def _amalgamate(run: Run) -> None:
     shares = run.records["amalgamate"].summary.get("shares", {})
-    if shares:
-        total = sum(shares.values())
-        parts = [f"{name} {count / total:.0%}" for name, count in sorted(shares.items(), key=lambda item: -item[1])]
-        run.display.note(f"who teaches: {', '.join(parts)}")
+    nested = {name: found for name, found in shares.items() if isinstance(found, dict)} or {"": shares}
+    for subtask, counts in nested.items():
+        total = sum(counts.values())
+        if total:
+            ordered = sorted(counts.items(), key=lambda item: -item[1])
+            parts = [f"{name} {count / total:.0%}" for name, count in ordered]
+            run.display.note(f"who teaches{' ' if subtask else ''}{subtask}: {', '.join(parts)}")
 
 
 def _distill(run: Run) -> None:
     summary = run.records["distill"].summary
-    run.display.note(
-        f"student: {summary['parameters']:,} parameters, {summary['epochs']} epochs, "
-        f"validation accuracy {100 * summary['validation_accuracy']:.1f} %"
-    )
+    text = f"student: {summary['parameters']:,} parameters, {summary['epochs']} epochs"
+    if "validation_accuracy" in summary:
+        text += f", validation accuracy {100 * summary['validation_accuracy']:.1f} %"
+    run.display.note(text)
+    if "flow_student_weight" in summary:
+        beside = summary.get("validation_accuracy_with_teachers")
+        run.display.note(
+            f"flow: the student's own features weigh {summary['flow_student_weight']:.3f} at the end"
+            + ("" if beside is None else f"; with its teachers it would be {100 * beside:.1f} %")
+        )
+    if summary.get("guard", {}).get("kept") == "no_teacher":
+        run.display.warn(
+            f"guard: taught, the student is {-100 * summary['guard']['advantage']:.1f} points worse on "
+            f"{summary['guard']['images']} probe and validation images; the one without teachers is kept"
+        )
 
 
 def _evaluate(run: Run) -> None:

@@ -3,68 +3,149 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import LoopSpec, ObjectiveSpec
+from pipeline.engine.objective_spec import labels_alone
 from pipeline.engine.spec import Arm
 from pipeline.stages.artefacts import digest_of
 from pipeline.stages.base import Run
+from pipeline.stages.heads import heads_of, student_classes
 from pipeline.stages.ingest import table_path
+from pipeline.stages.teachers import TeacherJob
 
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.engine.evaluation import Evaluation
+    from pipeline.engine.arms import ArmsPayload, TeacherReference
+    from pipeline.engine.evaluation import Evaluation, HeadsEvaluation
+    from pipeline.models.spec import StudentSpec
 
 
-def arm(run: Run, name: str, seed: int, teaching: Path | None, digest: str) -> Arm:
+def arm(
+    run: Run,
+    name: str,
+    seed: int,
+    teaching: Path | None,
+    digest: str,
+    *,
+    objective: ObjectiveSpec | None = None,
+    student: StudentSpec | None = None,
+    loop: LoopSpec | None = None,
+    start_from: str | None = None,
+    part: str = "",
+) -> Arm:
     """Describe one training; its folder is keyed by all that its result depends on.
 
     Parameters
     ----------
     run : Run
     name : str
-        What kind of training it is: ``faculty``, ``no_teacher``, ``best_single``.
+        What kind of training it is: ``faculty``, ``no_teacher``, ``best_single``, …
     seed : int
     teaching : Path or None
         Where the teachers' say lies.
     digest : str
         Hash of what they say; "" without teachers.
+    objective, student, loop
+        Instead of those of the settings.
+    start_from : str, optional
+        Teacher whose weights the student starts from.
+    part : str
+        The sub-task that it is a component net of; "" for a student.
     """
     settings = run.settings.distill
+    loss = objective or settings.objective
+    flow = settings.flow if teaching is not None and not part else None
+    if teaching is None:
+        loss = labels_alone(loss)
     folder = run.part(
         "students",
         f"{name}-seed{seed}",
         {
             "table": run.records["ingest"].digest,
             "teaching": digest,
-            "distill": settings.model_dump(mode="json", exclude={"resources"}),
+            "student": (student or settings.student).model_dump(mode="json"),
+            "loop": (loop or settings.loop).model_dump(mode="json"),
+            "objective": loss.model_dump(mode="json"),
+            "flow": None if flow is None else flow.model_dump(mode="json"),
+            "augment": settings.augment.model_dump(mode="json"),
+            "start": None if start_from is None else run.fingerprint(start_from),
+            "subtasks": run.settings.task.subtasks,
+            "part": part,
             "seed": seed,
-            "version": 1,
+            "version": 2,
         },
     )
-    return Arm(folder.name, seed, str(folder), str(teaching) if teaching is not None else None)
+    start = None if start_from is None else TeacherJob.of(run, start_from, folder, run.settings.amalgamate.resources)
+    return Arm(
+        folder.name,
+        seed,
+        str(folder),
+        str(teaching) if teaching is not None else None,
+        objective=loss,
+        flow=flow,
+        student=student,
+        start=start,
+    )
 
 
-def train(run: Run, arms: Sequence[Arm], title: str) -> None:
+def payload_of(
+    run: Run, arms: Sequence[Arm], teachers: Mapping[str, TeacherReference] | None = None, **changes: Any
+) -> ArmsPayload:
+    """Return what travels to the workers that train these arms.
+
+    Parameters
+    ----------
+    run : Run
+    arms : sequence of Arm
+    teachers : mapping of str to TeacherReference, optional
+        Where live teachers come from; by default the run's zoo.
+    **changes
+        Fields of `ArmsPayload` instead of the settings'.
+    """
+    from pipeline.engine.arms import ArmsPayload
+    from pipeline.engine.objectives import wants
+    from pipeline.engine.teaching import Teaching
+
+    settings = run.settings.distill
+    live = dict(teachers or {})
+    for item in arms:
+        assert item.objective is not None
+        if item.teaching is not None and (item.flow is not None or "live" in wants(item.objective)):
+            for name in Teaching.open(item.teaching).teachers:
+                if name not in live:
+                    live[name] = TeacherJob.of(run, name, Path(item.folder), _beside(run))
+    fields: dict[str, Any] = {
+        "student": settings.student,
+        "loop": settings.loop,
+        "objective": settings.objective,
+        "heads": heads_of(run),
+        "classes": student_classes(run),
+    }
+    return ArmsPayload(
+        arms=tuple(arms), table=str(table_path(run)), augment=settings.augment, teachers=live, **(fields | changes)
+    )
+
+
+def _beside(run: Run) -> Any:
+    """Return the resources of a teacher that runs beside a student: it is put on the student's device by the loop."""
+    return run.settings.amalgamate.resources.model_copy(update={"gpus": 0.0})
+
+
+def train(run: Run, arms: Sequence[Arm], title: str, teachers: Mapping[str, TeacherReference] | None = None) -> None:
     """Train those arms that are not done, in one worker group; a group that was cut off continues where it was."""
     missing = [item for item in arms if not item.done]
     if not missing:
         return
     from pipeline.cluster.train import fit
-    from pipeline.engine.arms import ArmsPayload, train_arms
+    from pipeline.engine.arms import train_arms
 
     settings = run.settings.distill
     workers = settings.resources
-    payload = ArmsPayload(
-        arms=tuple(missing),
-        table=str(table_path(run)),
-        student=settings.student,
-        loop=settings.loop,
-        objective=settings.objective,
-        augment=settings.augment,
-    )
+    payload = payload_of(run, missing, teachers)
     titles = [item.name.rpartition("-")[0] for item in missing]  # without the key
     seen = {"done": 0}
     if workers.num_workers:
@@ -86,20 +167,26 @@ def train(run: Run, arms: Sequence[Arm], title: str) -> None:
         fit(
             train_arms,
             payload,
-            num_workers=workers.num_workers,
-            use_gpu=workers.gpus_per_worker > 0,
-            resources_per_worker={"CPU": workers.cpus_per_worker}
-            | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {}),
-            max_failures=workers.max_failures,
-            storage=str(run.files.root / "ray"),
             name=f"{title}-{digest_of([item.name for item in arms])[:12]}",
             on_report=on_report,
+            num_workers=workers.num_workers,
+            max_failures=workers.max_failures,
+            storage=str(run.files.root / "ray"),
             verbose=run.verbose,
+            use_gpu=workers.gpus_per_worker > 0,
+            resources_per_worker=resources_per_worker(run),
         )
 
 
+def resources_per_worker(run: Run) -> dict[str, float]:
+    """Return what each training worker takes of the cluster, as Ray names it."""
+    workers = run.settings.distill.resources
+    gpus = {"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {}
+    return {"CPU": workers.cpus_per_worker} | gpus
+
+
 def predictions(item: Arm) -> dict[str, torch.Tensor]:
-    """Return the logits of a trained arm on the validation and test splits."""
+    """Return the logits of a trained arm by split; `.with_teachers` where features flowed in from teachers."""
     from safetensors.torch import load_file
 
     return load_file(Path(item.folder) / "predictions.safetensors")
@@ -110,10 +197,17 @@ def history(item: Arm) -> list[dict[str, float]]:
     return json.loads((Path(item.folder) / "history.json").read_text(encoding="utf-8"))
 
 
-def score(run: Run, item: Arm, split: str) -> Evaluation:
+def score(run: Run, item: Arm, split: str, *, with_teachers: bool = False) -> Evaluation | HeadsEvaluation:
     """Evaluate a trained arm on a split."""
-    from pipeline.data.table import ImageTable
-    from pipeline.engine.evaluation import evaluate
+    from pipeline.engine.arms import WITH_TEACHERS
 
-    labels = ImageTable.open(str(table_path(run))).split(split).labels
-    return evaluate(predictions(item)[split], labels)
+    return judge(run, predictions(item)[split + (WITH_TEACHERS if with_teachers else "")], split)
+
+
+def judge(run: Run, logits: torch.Tensor, split: str) -> Evaluation | HeadsEvaluation:
+    """Evaluate logits on a split: the mean over the sub-tasks where there are several."""
+    from pipeline.engine.evaluation import evaluate, evaluate_heads
+    from pipeline.stages.teachers import table_of
+
+    labels, heads = table_of(run).split(split).labels, heads_of(run)
+    return evaluate_heads(logits, labels, heads) if heads else evaluate(logits, labels)

@@ -45,10 +45,10 @@ def test_a_uri_stays_a_uri(base: Path, tmp_path: Path) -> None:
 def test_overlays_merge_in_order_then_overrides(base: Path, tmp_path: Path) -> None:
     first = write(tmp_path, "first.yaml", "distill: {loop: {epochs: 3, optim: {lr: 1e-2}}}\nseed: 4")
     second = write(tmp_path, "second.yaml", "distill: {loop: {epochs: 5}}")
-    settings = load_settings([base, first, second], ["seed=9", "distill.objective.reg=2e-2"])
+    settings = load_settings([base, first, second], ["seed=9", "distill.objective.transport.reg=2e-2"])
     assert settings.distill.loop.epochs == 5
     assert settings.distill.loop.optim.lr == 0.01
-    assert settings.distill.objective.reg == 0.02
+    assert settings.distill.objective.transport.reg == 0.02
     assert settings.seed == 9
 
 

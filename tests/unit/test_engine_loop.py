@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.distillation.step import Objective, Said
 from pipeline.engine.checkpoint import CheckpointStore, load_state, save_state
 from pipeline.engine.context import LocalContext
+from pipeline.engine.learner import Learner
 from pipeline.engine.loop import Lesson, fit, rate
 from pipeline.engine.sampling import BatchSampler, epoch_order
 from pipeline.engine.spec import LoopSpec, OptimSpec
@@ -31,13 +33,14 @@ class TinyImages:
 
 
 class TinyTargets:
-    """Teachers that say the label."""
+    """One teacher, which says the label."""
 
     def __init__(self, labels: torch.Tensor) -> None:
         self._labels = labels
 
-    def batch(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return self._labels[rows].to(device)
+    def batch(self, rows: torch.Tensor, device: torch.device, wants=()) -> Said:
+        target = nn.functional.one_hot(self._labels[rows], 3).float()[None].to(device)
+        return Said(torch.ones(1, len(rows)), (target[0],), target)
 
 
 class TinyStudent(nn.Module):
@@ -50,15 +53,20 @@ class TinyStudent(nn.Module):
         return self.linear(self.drop(self.norm(images.flatten(1).float() / 255)))
 
 
-class TinyObjective(nn.Module):
-    """Cross-entropy on the labels, and on what the teachers say."""
+class TinyObjective(Objective):
+    """Cross-entropy on the labels, and on what the teachers say; with a parameter of its own."""
 
-    def forward(self, logits, labels, targets, *, progress):
-        own = labels >= 0
-        parts = {"cross_entropy": nn.functional.cross_entropy(logits[own], labels[own])}
-        if targets is not None:
-            parts["taught"] = nn.functional.cross_entropy(logits[~own], targets)
-        return {"loss": sum(parts.values()), **parts}
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, step):
+        own = step.labels >= 0
+        parts = {"cross_entropy": nn.functional.cross_entropy(step.logits[own], step.labels[own])}
+        if step.said is not None:
+            logits = self.scale * step.logits[step.taught]
+            parts["taught"] = nn.functional.cross_entropy(logits, step.said.target[0].argmax(1))
+        return {"loss": sum(parts.values()) + 0 * self.scale, **parts}
 
 
 class Killed(Exception):
@@ -80,7 +88,7 @@ def train(folder: Path | None, *, kill_after: int | None = None, taught: bool = 
     spec = LoopSpec(epochs=epochs, batch_size=16, labelled_batch=6, checkpoint_every=2, optim=OptimSpec(lr=0.02))
     store = CheckpointStore(str(folder), "run") if folder is not None else None
     context = LocalContext(store, on_report, CPU)
-    history = fit(student, TinyObjective(), lesson(taught), spec, context, seed=3)
+    history = fit(Learner(student, TinyObjective()), lesson(taught), spec, context, seed=3)
     return student.state_dict(), history
 
 
@@ -102,7 +110,7 @@ def test_resume_repeats_no_epoch_before_the_checkpoint(tmp_path: Path) -> None:
     student = TinyStudent()
     spec = LoopSpec(epochs=6, batch_size=16, labelled_batch=6, checkpoint_every=2, optim=OptimSpec(lr=0.02))
     context = LocalContext(CheckpointStore(str(tmp_path), "run"), lambda m: seen.append(m["epoch"]), CPU)
-    fit(student, TinyObjective(), lesson(), spec, context, seed=3)
+    fit(Learner(student, TinyObjective()), lesson(), spec, context, seed=3)
     assert seen == [5, 6]
 
 
@@ -117,6 +125,24 @@ def test_no_teacher_trains_on_labels_alone_with_the_same_steps() -> None:
     assert "taught" not in history[0]
     assert history[0]["loss"] == pytest.approx(history[0]["cross_entropy"])
     assert len(history) == 6
+
+
+def test_no_label_is_needed_where_there_are_teachers() -> None:
+    more = TinyImages(40, seed=1)
+    spec = LoopSpec(epochs=2, batch_size=16, labelled_batch=6)
+    unlabelled = Lesson("tiny", TinyImages(0), more, TinyTargets(more.labels))
+
+    class Taught(TinyObjective):
+        def forward(self, step):
+            assert (step.labels == -1).all()
+            parts = super().forward(step)
+            return {"loss": parts["taught"], "taught": parts["taught"]}
+
+    history = fit(Learner(TinyStudent(), Taught()), unlabelled, spec, LocalContext(device=CPU), seed=0)
+    assert len(history) == 2
+    with pytest.raises(ValueError, match="neither labelled images nor teachers"):
+        nothing = Lesson("tiny", TinyImages(0), more, None)
+        fit(Learner(TinyStudent(), Taught()), nothing, spec, LocalContext(device=CPU), seed=0)
 
 
 def checkpoint(home: Path, index: int, **state: object) -> Path:
@@ -135,13 +161,12 @@ def test_a_checkpoint_of_another_lesson_is_not_used(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_training() -> None:
     class Broken(TinyObjective):
-        def forward(self, logits, labels, targets, *, progress):
-            parts = super().forward(logits, labels, targets, progress=progress)
-            return {"loss": parts["loss"] * float("nan")}
+        def forward(self, step):
+            return {"loss": super().forward(step)["loss"] * float("nan")}
 
     spec = LoopSpec(epochs=2, batch_size=16, labelled_batch=6)
     with pytest.raises(FloatingPointError, match="loss of tiny became nan in epoch 1"):
-        fit(TinyStudent(), Broken(), lesson(), spec, LocalContext(device=CPU), seed=0)
+        fit(Learner(TinyStudent(), Broken()), lesson(), spec, LocalContext(device=CPU), seed=0)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -1,0 +1,228 @@
+"""Several training runs side by side, as trials of Ray Tune whose processes drive Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from pyarrow import fs
+from ray import cloudpickle, tune
+from ray._private import state
+from ray.core.generated import gcs_pb2
+from ray.tune.search import BasicVariantGenerator
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from pipeline.cluster import session
+from pipeline.cluster.causes import one_line
+from pipeline.cluster.launch import _check_room, fit_on_cluster
+from pipeline.cluster.many import FitJob, Result
+from pipeline.cluster.relay import Relay
+from pipeline.cluster.spec import ClusterSpec
+from pipeline.cluster.trainable import ROW, DeliveryCallback, Row
+from pipeline.engine.checkpoint import CheckpointStore
+
+# A trial must ask for something. A byte of memory every node has, whereas any share of a processor would keep a worker
+# from the last one.
+_DRIVER = {"memory": 1.0}
+_SWEEP_S = 2.0
+_ABORT_S = 15.0
+
+
+def fit_side_by_side(
+    loop: Callable[[Any, Any], None],
+    jobs: Sequence[FitJob],
+    *,
+    num_workers: int,
+    storage: str,
+    use_gpu: bool,
+    resources_per_worker: dict[str, float] | None,
+    max_concurrent: int | None,
+    max_failures: int,
+    on_report: Callable[[str, dict[str, Any]], None] | None,
+    verbose: bool,
+) -> list[Result]:
+    """Train on Ray workers; see :func:`pipeline.cluster.many.fit_many`."""
+    each = dict(resources_per_worker or {"CPU": 1}) | ({"GPU": 1} if use_gpu else {})
+    _check_room(num_workers, each)
+    room = 1024 if session.active().autoscaling else session.slots(each)
+    concurrent = min(len(jobs), max_concurrent or len(jobs), max(1, room // num_workers))
+    results: dict[str, Result] = {}
+
+    def deliver(name: str, row: Row) -> None:
+        results[name] = (row["outcome"], None) if "outcome" in row else (None, row["error"])
+
+    store = CheckpointStore(storage, f".fit-many-{uuid.uuid4().hex[:8]}")
+    relay = Relay()
+    callback = FleetCallback(relay, deliver, on_report)
+    fitting = {
+        "num_workers": num_workers,
+        "storage": storage,
+        "use_gpu": use_gpu,
+        "resources_per_worker": resources_per_worker,
+        "max_failures": max_failures,
+        "verbose": verbose,
+    }
+    try:
+        with session.calm(verbose):
+            tuner = tune.Tuner(
+                tune.with_resources(
+                    tune.with_parameters(
+                        drive,
+                        # Pickled here and unpickled in the trial: a module that is not there is an error of the trial.
+                        loop=cloudpickle.dumps(loop),
+                        payloads={job.name: cloudpickle.dumps(job.payload) for job in jobs},
+                        fitting=fitting,
+                        spec=session.active(),
+                        relay=relay,
+                    ),
+                    tune.PlacementGroupFactory([_DRIVER]),
+                ),
+                param_space={"name": tune.grid_search([job.name for job in jobs])},
+                tune_config=tune.TuneConfig(
+                    reuse_actors=True, search_alg=BasicVariantGenerator(max_concurrent=concurrent)
+                ),
+                run_config=tune.RunConfig(
+                    name=store.root.rsplit("/", 1)[-1],
+                    storage_path=store.uri.rsplit("/", 1)[0],
+                    failure_config=tune.FailureConfig(max_failures=max_failures),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    callbacks=[callback],
+                    verbose=2 if verbose else 0,
+                ),
+            )
+            tuner.fit()
+            callback.hand_on()
+    except BaseException:
+        callback.end_drivers()
+        _sweep_until_clear()
+        if callback.error is not None:
+            raise callback.error from None
+        raise
+    finally:
+        callback.end_drivers()
+        relay.close()
+        if store.filesystem.get_file_info(store.root).type == fs.FileType.Directory:
+            store.filesystem.delete_dir(store.root)
+    return [results.get(job.name, (None, "the run ended without a result")) for job in jobs]
+
+
+def drive(
+    config: Row,
+    loop: bytes,
+    payloads: dict[str, bytes],
+    fitting: dict[str, Any],
+    spec: ClusterSpec,
+    relay: Relay,
+) -> None:
+    """Fit one job from a trial's process; an error is part of the trial's result."""
+    name = config["name"]
+    session._active = spec  # this process was connected by Ray, to the driver's cluster
+    relay.push("driver", ray.get_runtime_context().current_actor)
+    row: Row
+    try:
+        outcome = fit_on_cluster(
+            cloudpickle.loads(loop),
+            cloudpickle.loads(payloads[name]),
+            name=name,
+            on_report=lambda metrics: relay.push("report", (name, metrics)),
+            **fitting,
+        )
+        row = {"outcome": outcome}
+    except Exception as error:
+        row = {"error": str(error) if fitting["verbose"] else one_line(error)}
+    tune.report({ROW: row})
+
+
+class FleetCallback(DeliveryCallback):
+    """Hands on reports and outcomes in the thread that waits for Tune, and clears up after trials that died."""
+
+    def __init__(
+        self,
+        relay: Relay,
+        deliver: Callable[[str, Row], None],
+        on_report: Callable[[str, dict[str, Any]], None] | None,
+    ) -> None:
+        super().__init__(deliver, {})
+        self._relay: Relay | None = relay
+        self._on_report = on_report
+        self._drivers: list[Any] = []
+        self._swept = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune saves its callbacks with the experiment; what the driver does with a report stays in the driver.
+        return super().__getstate__() | {"_relay": None, "_on_report": None, "_drivers": [], "_swept": 0.0}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Hand on what has come since the last step."""
+        self.hand_on()
+        if time.monotonic() - self._swept > _SWEEP_S:
+            # Else the workers of a trial that is tried again would wait for those it lost.
+            _sweep()
+            self._swept = time.monotonic()
+
+    def hand_on(self) -> None:
+        """Give the caller the reports that have arrived; what it raises ends the runs."""
+        for kind, data in self._relay.drain() if self._relay is not None else []:
+            if kind == "driver":
+                self._drivers.append(data)
+            elif self._on_report is not None:
+                try:
+                    self._on_report(*data)
+                except Exception as error:
+                    self.error = error
+                    self.end_drivers()  # Tune is going to wait for them
+                    raise
+
+    def end_drivers(self) -> None:
+        """End the trials' processes, and with them what they own: their handles have travelled."""
+        for kind, data in self._relay.drain() if self._relay is not None else []:
+            if kind == "driver":
+                self._drivers.append(data)
+        for driver in self._drivers:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(driver)
+        self._drivers = []
+
+
+def _orphans() -> tuple[list[PlacementGroup], int]:
+    """Return this job's placement groups whose creator has died, and how many there are whose creator has not.
+
+    Ray keeps a group that an actor made until the whole job ends.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    orphans, others = [], 0
+    table: Any = gcs_pb2
+    for data in state.state._connect_and_get_accessor().get_placement_group_table():
+        group = table.PlacementGroupTableData.FromString(data)
+        made_by_actor = any(byte != 0xFF for byte in group.creator_actor_id)
+        if (
+            group.creator_job_id.hex() != job
+            or not made_by_actor
+            or group.is_detached
+            or group.state == table.PlacementGroupTableData.PlacementGroupState.REMOVED
+        ):
+            continue
+        if group.creator_actor_dead:
+            orphans.append(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+        else:
+            others += 1
+    return orphans, others
+
+
+def _sweep() -> int:
+    """Remove the orphans; return how many groups may still become ones."""
+    orphans, others = _orphans()
+    for group in orphans:
+        remove_placement_group(group)
+    return others
+
+
+def _sweep_until_clear() -> None:
+    """After the drivers were killed: wait until their runs are gone, so that what comes next finds the room."""
+    deadline = time.monotonic() + _ABORT_S
+    while _sweep() and time.monotonic() < deadline:
+        time.sleep(0.2)

@@ -1,0 +1,151 @@
+"""What is trained: the student, the loss with its adapters and heads, and the flow of features, as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.distillation.flow import FlowStudent, Previous, previous_output_kl
+from pipeline.distillation.step import Said, Seen, Step
+from pipeline.engine.objective_spec import FlowSpec
+from pipeline.models.capture import captured, find_penultimate, pooled
+
+
+class Learner(nn.Module):
+    """Student and objective in one forward pass, so that data-parallel training averages the gradients of both.
+
+    loss = objective + λ₁(t) L_dep + λ₂ L_KL; the last two with knowledge flow alone.
+
+    Parameters
+    ----------
+    student : Module
+        Maps images to logits.
+    objective : Module
+        Maps a `Step` to parts of the loss.
+    wants : collection of str
+        What the objective needs, see `pipeline.distillation.step.Objective`.
+    taps : collection of str
+        Paths of the student's layers that the objective looks at.
+    flow : FlowStudent, optional
+        Wraps the same student.
+    flow_spec : FlowSpec, optional
+        Given with `flow`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: nn.Module,
+        *,
+        wants: Collection[str] = (),
+        taps: Collection[str] = (),
+        flow: FlowStudent | None = None,
+        flow_spec: FlowSpec | None = None,
+    ) -> None:
+        super().__init__()
+        self.student, self.objective = student, objective
+        self.wants, self.taps = frozenset(wants), tuple(taps)
+        self.flow = None if flow is None else flow.flow
+        self._flowing = _Unlisted(flow)
+        self.flow_spec = flow_spec
+        self.previous = None
+        if flow is not None and flow_spec is not None and flow_spec.kl > 0:
+            self.previous = Previous(flow, flow_spec.every)
+        self._penultimate = find_penultimate(self._net) if "features" in self.wants else None
+        if "features" in self.wants and self._penultimate is None:
+            raise ValueError("the student has no linear layer, so it has no penultimate features")
+
+    @property
+    def _net(self) -> nn.Module:
+        net = getattr(self.student, "net", self.student)
+        assert isinstance(net, nn.Module)
+        return net
+
+    def begin(self, progress: float) -> bool:
+        """Turn to a step; return whether the teachers have to look at its images."""
+        if self.flow is not None and self.flow_spec is not None and self.flow_spec.fade:
+            self.flow.remaining = max(0.0, 1 - progress / self.flow_spec.ramp)
+        return "live" in self.wants or (self.flow is not None and self.flow.remaining > 0)
+
+    def look(self, images: Tensor, live: tuple[Seen, ...] | None) -> Tensor:
+        """Return the student's logits, with what flows in from the teachers where they have looked."""
+        if self._flowing.module is None or live is None:
+            return self.student(images)
+        return self._flowing.module(images, [seen.taps for seen in live])
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        said: Said | None,
+        live: tuple[Seen, ...] | None,
+        progress: float,
+    ) -> dict[str, Tensor]:
+        """Return the parts of the loss, among them ``"loss"``, their total.
+
+        Parameters
+        ----------
+        images : (n, C, H, W) tensor
+            Labelled ones first, then taught ones.
+        labels : (n,) tensor
+            −1 for taught images.
+        said : Said of the taught images, or None
+        live : T `Seen`, or None
+        progress : float
+            Part of the training done, in [0, 1).
+        """
+        with captured(self._net, features=self._penultimate, taps={path: path for path in self.taps}) as seen:
+            logits = self.look(images, live)
+        features = pooled(seen["features", ""]) if self._penultimate is not None else None
+        taps = {path: seen["tap", path] for path in self.taps}
+        parts = dict(self.objective(Step(logits, labels, said, features, taps, live, progress)))
+        if self.flow is not None and self.flow_spec is not None:
+            parts |= self._flow_parts(parts["loss"], logits, images, live, progress)
+        return parts
+
+    def _flow_parts(
+        self, loss: Tensor, logits: Tensor, images: Tensor, live: tuple[Seen, ...] | None, progress: float
+    ) -> dict[str, Tensor]:
+        assert self.flow is not None and self.flow_spec is not None
+        dependency = self.flow.dependency()
+        loss = loss + self.flow_spec.dependency * min(progress / self.flow_spec.ramp, 1.0) * dependency
+        parts = {"dependency": dependency.detach()}
+        if live is None:
+            loss = loss + self.flow.untouched()
+        if self.previous is not None:
+            before = self.previous.logits(images, [seen.taps for seen in live or ()])
+            jump = previous_output_kl(before, logits)
+            loss = loss + self.flow_spec.kl * jump
+            parts["flow_kl"] = jump.detach()
+        return {"loss": loss} | parts | self.flow_weights()
+
+    def flow_weights(self) -> dict[str, Tensor]:
+        """Return the mixing weight of every source: ``flow.LAYER.student`` and ``flow.LAYER.TEACHER``, by number."""
+        found: dict[str, Tensor] = {}
+        if self.flow is None:
+            return found
+        for layer, weights in self.flow.weights().items():
+            found[f"flow.{layer}.student"] = weights[0].detach()
+            for source, weight in zip(self.flow.sources[layer], weights[1:], strict=True):
+                key = f"flow.{layer}.{source.teacher}"
+                found[key] = found.get(key, torch.zeros_like(weight)) + weight.detach()
+        return found
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Return the mixing weights: weight decay would draw the student back to its teachers."""
+        return [] if self.flow is None else list(self.flow.w)
+
+    def after_step(self) -> None:
+        """Count a step of the optimiser: from time to time the parameters become the previous ones."""
+        if self.previous is not None:
+            self.previous.step()
+
+
+class _Unlisted:
+    """Holds a module that must not be listed twice among the parts of another one."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module

@@ -1,0 +1,168 @@
+"""The chosen teachers look at the training images, each image once: data-parallel inference on the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.spec import RAW, SPOKEN
+from pipeline.errors import StageError
+from pipeline.stages.base import Run
+from pipeline.stages.teachers import TeacherJob, load_bridge, save_tensors, table_of, teacher_folder
+
+if TYPE_CHECKING:
+    from pipeline.cluster.blocks import Block
+    from pipeline.engine.arms import TeacherReference
+
+_BLOCK = 4096  # images: what a lost worker repeats at most
+
+
+@dataclass(frozen=True)
+class SpeakPayload:
+    """What travels to the workers that run a teacher over the training images.
+
+    Attributes
+    ----------
+    teacher : TeacherReference
+    table, folder : str
+        The image table; where the result goes.
+    batch_size : int
+    bridge : str or None
+        Folder of the bridge to the task's classes; None: its own classes are what it says.
+    raw : bool
+        Keep logits and features, too.
+    """
+
+    teacher: TeacherReference
+    table: str
+    folder: str
+    batch_size: int
+    bridge: str | None
+    raw: bool
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that is wanted of the teacher is there."""
+        return all((Path(self.folder) / name).exists() for name in ([SPOKEN, RAW] if self.raw else [SPOKEN]))
+
+    def shard(self, start: int, stop: int) -> str:
+        """Return the name of the file of some rows."""
+        return f"rows-{start}-{stop}-{'raw' if self.raw else 'spoken'}.safetensors"
+
+
+def spoken(run: Run, name: str) -> Path:
+    """Return the folder of what a teacher says of the training images, keyed like its assessment."""
+    return run.part("spoken", name, {"assessed": teacher_folder(run, name).name, "version": 2})
+
+
+def speak(run: Run, names: Sequence[str], *, raw: bool = False) -> None:
+    """Run teachers over the training images, those that have not been.
+
+    Parameters
+    ----------
+    run : Run
+    names : sequence of str
+    raw : bool
+        Keep logits and penultimate features, too.
+
+    Raises
+    ------
+    StageError
+        If one of them fails, naming it.
+    """
+    settings = run.settings.amalgamate
+    payloads = {}
+    for name in names:
+        folder = spoken(run, name)
+        job = TeacherJob.of(run, name, folder, settings.resources)
+        payloads[name] = SpeakPayload(
+            job, job.table, str(folder), settings.batch_size, str(teacher_folder(run, name)), raw
+        )
+    speak_all(run, payloads)
+
+
+def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
+    """Run teachers over the training images on a pool of workers; what is done is not done again."""
+    missing = {name: payload for name, payload in payloads.items() if not payload.finished}
+    if not missing:
+        return
+    from pipeline.cluster.blocks import Group, map_blocks
+    from pipeline.engine.arms import TAUGHT
+
+    settings, rows = run.settings.amalgamate, len(table_of(run).split(*TAUGHT))
+    groups = [Group(name, payload, rows, _BLOCK) for name, payload in missing.items()]
+    done = [
+        (group.name, start, stop)
+        for group in groups
+        for start, stop in group.ranges()
+        if (Path(group.payload.folder) / group.payload.shard(start, stop)).exists()
+    ]
+    run.open_cluster()
+    with run.display.bar("faculty", sum(len(group.ranges()) for group in groups) - len(done)) as advance:
+
+        def on_result(block: Block) -> None:
+            advance(1, block.name)
+
+        blocks = map_blocks(
+            make_speaker,
+            groups,
+            resources={"CPU": settings.resources.cpus, "GPU": settings.resources.gpus},
+            max_concurrent=settings.resources.max_concurrent,
+            max_failures=settings.resources.max_failures,
+            done=done,
+            on_result=on_result,
+            verbose=run.verbose,
+        )
+    for block in blocks:
+        if block.error is not None:
+            raise StageError(f"amalgamate: teacher {block.name!r} failed over the training images: {block.error}")
+    for group in groups:
+        _join(group.payload, group.ranges())
+
+
+def make_speaker(payload: SpeakPayload) -> Callable[[int, int], dict[str, Any]]:
+    """Load a teacher; return the function that runs it over some rows. On a worker.
+
+    It stores p over the teacher's label space (n, L) and what that stands for among the task's classes (n, C_s), in
+    half precision; and logits and features where they are wanted.
+    """
+    from pipeline.data.table import ImageTable
+    from pipeline.engine.arms import TAUGHT
+    from pipeline.models.teacher import predict
+
+    teacher = payload.teacher.load()
+    split = ImageTable.open(payload.table).split(*TAUGHT)
+    bridge = load_bridge(Path(payload.bridge)) if payload.bridge is not None else None
+
+    def speak_rows(start: int, stop: int) -> dict[str, Any]:
+        batches = (
+            split.images(slice(first, min(first + payload.batch_size, stop)))
+            for first in range(start, stop, payload.batch_size)
+        )
+        output = predict(teacher, batches)
+        p = output.logits.softmax(1) if bridge is None else bridge.distribution(output.logits, output.features)
+        tensors = {"p": p.half(), "carried": (p if bridge is None else bridge.carry(p)).half()}
+        if payload.raw:
+            tensors |= {"logits": output.logits.half(), "features": output.features.half()}
+        save_tensors(Path(payload.folder), payload.shard(start, stop), tensors)
+        return {"rows": stop - start}
+
+    return speak_rows
+
+
+def _join(payload: SpeakPayload, ranges: Sequence[tuple[int, int]]) -> None:
+    """Make one file of the shards, and delete them."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = Path(payload.folder)
+    shards = [folder / payload.shard(start, stop) for start, stop in ranges]
+    parts = [load_file(path) for path in shards]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if payload.raw:
+        save_tensors(folder, RAW, {name: joined.pop(name) for name in ("logits", "features")})
+    save_tensors(folder, SPOKEN, joined)
+    for path in shards:
+        path.unlink()

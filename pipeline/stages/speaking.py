@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.engine.arms import TeacherReference
 
 _BLOCK = 4096  # images: what a lost worker repeats at most
+_FEW = 8  # blocks that are not worth the seconds which a pool of actors takes to start
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
     if not missing:
         return
     from pipeline.cluster.blocks import Group, map_blocks
+    from pipeline.cluster.tasks import map_tasks
     from pipeline.engine.arms import TAUGHT
 
     settings, rows = run.settings.amalgamate, len(table_of(run).split(*TAUGHT))
@@ -99,27 +101,46 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
         for start, stop in group.ranges()
         if (Path(group.payload.folder) / group.payload.shard(start, stop)).exists()
     ]
+    todo = sum(len(group.ranges()) for group in groups) - len(done)
+    limits: dict[str, Any] = {
+        "resources": {"CPU": settings.resources.cpus, "GPU": settings.resources.gpus},
+        "max_concurrent": settings.resources.max_concurrent,
+        "max_failures": settings.resources.max_failures,
+    }
     run.open_cluster()
-    with run.display.bar("faculty", sum(len(group.ranges()) for group in groups) - len(done)) as advance:
+    with run.display.bar("faculty", todo) as advance:
+        if todo > _FEW:
 
-        def on_result(block: Block) -> None:
-            advance(1, block.name)
+            def on_result(block: Block) -> None:
+                advance(1, block.name)
 
-        blocks = map_blocks(
-            make_speaker,
-            groups,
-            resources={"CPU": settings.resources.cpus, "GPU": settings.resources.gpus},
-            max_concurrent=settings.resources.max_concurrent,
-            max_failures=settings.resources.max_failures,
-            done=done,
-            on_result=on_result,
-            verbose=run.verbose,
-        )
-    for block in blocks:
-        if block.error is not None:
-            raise StageError(f"amalgamate: teacher {block.name!r} failed over the training images: {block.error}")
+            blocks = map_blocks(make_speaker, groups, done=done, on_result=on_result, verbose=run.verbose, **limits)
+            problems = [(block.name, block.error) for block in blocks]
+        else:
+            items = [
+                (group.name, group.payload, start, stop)
+                for group in groups
+                for start, stop in group.ranges()
+                if (group.name, start, stop) not in done
+            ]
+            results = map_tasks(
+                speak_block,
+                items,
+                on_result=lambda index, value, error: advance(1, items[index][0]),
+                **limits,
+            )
+            problems = [(item[0], error) for item, (_, error) in zip(items, results, strict=True)]
+    for name, error in problems:
+        if error is not None:
+            raise StageError(f"amalgamate: teacher {name!r} failed over the training images: {error}")
     for group in groups:
         _join(group.payload, group.ranges())
+
+
+def speak_block(item: tuple[str, SpeakPayload, int, int]) -> None:
+    """Run one teacher over some rows, as a task of its own."""
+    _, payload, start, stop = item
+    make_speaker(payload)(start, stop)
 
 
 def make_speaker(payload: SpeakPayload) -> Callable[[int, int], dict[str, Any]]:

@@ -63,6 +63,7 @@ def test_killed_at_every_stage_and_finished(tmp_path: Path) -> None:
         distill={
             "student": {"name": "small_cnn", "kwargs": {"width": 8}},
             "loop": {"epochs": 60, "batch_size": 32, "labelled_batch": 16},
+            "guard": None,
             "resources": {"num_workers": 0},
         },
     )

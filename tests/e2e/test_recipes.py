@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.cluster.session import session
 from pipeline.cluster.spec import ClusterSpec
@@ -18,6 +19,7 @@ from pipeline.stages.artefacts import Record
 from pipeline.stages.run import run_pipeline
 from tests.tiny import SHAPES, make_data, make_settings, make_zoo
 
+CPU = torch.device("cpu")
 RECIPES = Path(__file__).parents[2] / "conf" / "recipes"
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 TRACKING = "tracking.enabled=false"
@@ -75,6 +77,23 @@ def test_a_recipe_trains_a_student(world: Path, recipe: str, parts: set[str]) ->
     evaluation = json.loads((folder_of(world, records, "evaluate") / "evaluation.json").read_text(encoding="utf-8"))
     assert evaluation["arms"][0]["mean"] > 0.3  # four classes: better than chance
     load_student(student, trusted_factories=None)
+
+
+def test_blocks_on_a_pool_of_actors_say_the_same(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.engine.teaching import Teaching
+    from pipeline.stages import speaking
+
+    records = run(world, "faculty", "select.teachers=[mixed, flat]", until="amalgamate")
+    before = Teaching.open(folder_of(world, records, "amalgamate"))
+    other = world / "blocks"
+    monkeypatch.setattr(speaking, "_FEW", 0)
+    monkeypatch.setattr(speaking, "_BLOCK", 100)
+    records = run(world, "faculty", f"run_dir={other}", "select.teachers=[mixed, flat]", until="amalgamate")
+    after = Teaching.open(other / "amalgamate" / records["amalgamate"].key)
+    rows = torch.arange(len(before))
+    assert torch.equal(before.weights, after.weights)
+    assert torch.equal(before.batch(rows, CPU).target, after.batch(rows, CPU).target)
+    assert not list((other / "spoken").rglob("rows-*"))
 
 
 def test_features_flow_and_fade(world: Path) -> None:

@@ -181,6 +181,7 @@ def test_status_says_what_is_stale_and_why(world: Path, finished) -> None:
     assert resources.stdout.count("fresh") == 7
 
 
+@pytest.mark.slow
 def test_going_back_to_former_settings_brings_the_alias_back(world: Path, finished) -> None:
     import mlflow
 

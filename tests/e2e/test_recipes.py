@@ -79,6 +79,7 @@ def test_a_recipe_trains_a_student(world: Path, recipe: str, parts: set[str]) ->
     load_student(student, trusted_factories=None)
 
 
+@pytest.mark.slow
 def test_blocks_on_a_pool_of_actors_say_the_same(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.engine.teaching import Teaching
     from pipeline.stages import speaking

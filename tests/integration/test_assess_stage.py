@@ -15,7 +15,6 @@ from safetensors import safe_open
 from pipeline.cluster.session import session
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.config import load_settings
-from pipeline.errors import ConfigError
 from pipeline.models.catalogue import write_catalogue
 from pipeline.models.zoo import load_zoo
 from pipeline.report.console import Display
@@ -213,9 +212,3 @@ def test_without_labels_teachers_are_ranked_by_what_they_say(cluster, world):
     choice = json.loads(next(run_dir.glob("select/*/faculty.json")).read_text(encoding="utf-8"))
     assert "unverified" in choice["verdict"] and choice["chosen"] and "blind" not in choice["chosen"]
     assert "no labels: scores tell how sure" in text
-
-
-def test_without_labels_no_student_is_trained(cluster, world):
-    with pytest.raises(ConfigError, match=r"task.splits: .*amalgamate needs labelled images"):
-        run(world, f"run_dir={world / 'never'}", *NO_LABELS, until="register")
-    assert not (world / "never").exists()

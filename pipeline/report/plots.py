@@ -33,7 +33,7 @@ def plot_histograms(found: Mapping[str, Any], path: Path) -> None:
     right.set(xlabel="images", title="Who teaches which class")
     right.set_yticks(rows, found["classes"], fontsize=8)
     right.invert_yaxis()
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _write(figure, path)
 
 

@@ -41,7 +41,7 @@ def count(context, payload):
         death = payload.get("kill_driver_once")
         if death and not Path(death).exists():
             Path(death).touch()
-            for sibling in psutil.Process().parent().children():  # they all come from this session's Ray
+            for sibling in psutil.Process().parent().children():  # they all come from the same Ray
                 if any("ImplicitFunc" in word for word in sibling.cmdline()):
                     sibling.kill()
             time.sleep(60)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.distillation.flow import FlowStudent, Previous, previous_output_kl
+from pipeline.distillation.flow import FlowStudent
+from pipeline.distillation.previous import Previous, previous_output_kl
 from pipeline.distillation.step import Said, Seen, Step
 from pipeline.engine.objective_spec import FlowSpec
 from pipeline.models.capture import captured, find_penultimate, pooled

@@ -13,12 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.distillation.flow import (
     Flow,
     FlowStudent,
-    Previous,
     Source,
     default_sources,
-    previous_output_kl,
     transform,
 )
+from pipeline.distillation.previous import Previous, previous_output_kl
 from pipeline.models import nets
 from pipeline.models.capture import captured
 from pipeline.models.recalibrate import assert_independent

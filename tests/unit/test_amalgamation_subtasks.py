@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pipeline.amalgamation.subtasks import (
-    Heads,
     Source,
     SubTask,
     assign_subtask,
@@ -188,26 +187,3 @@ def test_bad_assignments_are_named():
         assign_subtask([], [], 4)
     with pytest.raises(ValueError, match=r"same samples, got \[53, 3, 53\] rows"):
         assign_subtask([logits[0], logits[1][:3], logits[2]], sources, 4)
-
-
-def test_heads_split_the_logits_of_all_subtasks():
-    heads = Heads([FOOTWEAR, TOPS])
-    assert heads.size == 5
-    assert heads.places == {"footwear": slice(0, 3), "tops": slice(3, 5)}
-    assert heads.classes == ("footwear/sandal", "footwear/boot", "footwear/sneaker", "tops/shirt", "tops/coat")
-    z = torch.arange(10.0).view(2, 5)
-    parts = heads.split(z)
-    assert list(parts) == ["footwear", "tops"]
-    assert torch.equal(parts["tops"], z[:, 3:])
-    assert torch.equal(torch.cat(list(parts.values()), 1), z)
-    with pytest.raises(ValueError, match=r"shape \(B, 5\), got shape \(2, 4\)"):
-        heads.split(z[:, :4])
-
-
-def test_bad_heads_are_named():
-    with pytest.raises(ValueError, match="must hold at least one"):
-        Heads([])
-    with pytest.raises(ValueError, match="more than one sub-task 'tops'"):
-        Heads([TOPS, TOPS])
-    with pytest.raises(ValueError, match="must have a name"):
-        Heads([SubTask("", ("a", "b"))])

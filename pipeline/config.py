@@ -155,10 +155,15 @@ class SelectSettings(StrictModel):
     teachers: Literal["all"] | tuple[str, ...] | None = Field(
         None, description="these teachers, or all that could be assessed, without a test; null: those that help most"
     )
+    by: Literal["together", "least_ambiguous"] = Field(
+        "together",
+        description="what a set says, in the test of whom to add: one view from the joined embeddings, on all labelled "
+        "images, held out in folds; or its least ambiguous member, on the validation images",
+    )
     max_teachers: int = Field(4, ge=1)
     max_params: int | None = Field(None, ge=1, description="parameters of the whole set; null: no limit")
     min_gain: float = Field(
-        0.01, ge=0, le=1, description="what a teacher must add to the set's score on validation images"
+        0.01, ge=0, le=1, description="what a teacher must add to the set's score on labelled images"
     )
     confidence: float = Field(
         0.9, ge=0, lt=1, description="share of bootstrap resamples in which it adds that, and the set beats no teacher"
@@ -181,10 +186,11 @@ class AmalgamateSettings(StrictModel):
     """
 
     mode: Literal["direct", "components"] = "direct"
-    choice: Literal["least_ambiguous", "gain", "average", "random"] = Field(
-        "least_ambiguous",
-        description="who teaches an image: the teacher that is surest of it; all, by their transport gain; all alike; "
-        "one drawn by lot",
+    choice: Literal["together", "least_ambiguous", "gain", "average", "random"] | None = Field(
+        None,
+        description="who teaches an image: all, by one view of the task from their joined embeddings (ours); the "
+        "teacher that is surest of it; all, by their transport gain; all alike; one drawn by lot; null: together, or "
+        "least_ambiguous where there are no labels, the loss needs each teacher, or the bridge is not centres",
     )
     by_gain: bool = Field(False, description="a teacher's certainty counts as much as its transport gain")
     confidence: bool = Field(False, description="an image counts as much as its teacher is sure of it")

@@ -29,6 +29,7 @@ from benchmarks.distill import teachers as built
 from benchmarks.distill.world import SETTINGS, Setting
 from pipeline.amalgamation.ambiguity import assign
 from pipeline.amalgamation.subtasks import SubTask, assign_subtask, group, subtask_distribution
+from pipeline.amalgamation.together import Together, fit_together, together_held_out
 from pipeline.assessment.selection import select_set
 from pipeline.data.spec import AugmentSpec
 from pipeline.distillation.step import Head
@@ -51,12 +52,12 @@ STUDENT = StudentSpec(name="small_cnn", kwargs={"width": 24})
 AUGMENT = {"fashion": (1, True), "mnist": (1, False), "optical": (1, False), "cifar": (2, True)}  # shift, flip
 MOST = 4  # teachers in a set, the product's default
 LABELS = {"cross_entropy": {}}
-FLOW = FlowSpec(kl=0.1)
+FLOW = FlowSpec(kl=0.1)  # the recipe
 
 # What is taught, from whom, and by which loss. `set` is the chosen set.
 LABELLED_ROWS: dict[str, dict[str, Any]] = {
     "faculty": {"objective": ObjectiveSpec()},
-    "sctd": {"choice": "gain", "bridge": "prototype", "objective": objective_of(**LABELS, transport={})},
+    "sctd": {"choice": "gain", "bridge": "prototype", "objective": objective_of(**LABELS, transport={"weight": 1})},
     "aka": {"components": True},
     "knowledge_flow": {"choice": "average", "flow": FLOW, "objective": objective_of(**LABELS)},
     "no_teacher": {},
@@ -64,6 +65,7 @@ LABELLED_ROWS: dict[str, dict[str, Any]] = {
     "random_set": {"teachers": "random", "objective": ObjectiveSpec()},
     "best_single": {"teachers": "best", "objective": ObjectiveSpec()},
     "all_teachers": {"teachers": "all", "objective": ObjectiveSpec()},
+    "least_ambiguous": {"choice": "least_ambiguous", "objective": ObjectiveSpec()},
     "average": {"choice": "average", "objective": ObjectiveSpec()},
     "concatenated": {"choice": "average", "objective": objective_of(**LABELS, concatenated={})},
     "kd": {"choice": "average", "objective": objective_of(**LABELS, kd={"temperature": 4})},
@@ -79,7 +81,7 @@ LABELLED_ROWS: dict[str, dict[str, Any]] = {
 }
 UNLABELLED_ROWS: dict[str, dict[str, Any]] = {
     "aka": {"components": True},
-    "direct": {"objective": objective_of(transport={}, kd={})},
+    "direct": {"choice": "least_ambiguous", "objective": objective_of(transport={}, kd={})},
     "concatenated": {"choice": "average", "objective": objective_of(concatenated={"head": "classes"})},
     "average": {"choice": "average", "objective": objective_of(kd={})},
 }
@@ -88,13 +90,16 @@ SUBTASK_ROWS: dict[str, dict[str, Any]] = {
     "concatenated": {"concatenated_heads": True},
 }
 NO_STUDENT = ("average_ensemble", "least_ambiguous_ensemble", "best_teacher")
+LABELLED = ("train_labelled", "probe", "validation")
 
 
 def rows_of(setting: Setting) -> list[str]:
     """Return the names of a setting's rows."""
     if setting.subtasks:
         return [*SUBTASK_ROWS, *NO_STUDENT]
-    return [*(LABELLED_ROWS if setting.labels else UNLABELLED_ROWS), *NO_STUDENT]
+    if setting.labels:
+        return [*LABELLED_ROWS, *NO_STUDENT, "together"]
+    return [*UNLABELLED_ROWS, *NO_STUDENT]
 
 
 @dataclass(frozen=True)
@@ -175,26 +180,40 @@ class Case:
         return self.choose(self.setting.teachers)
 
     def choose(self, names: Sequence[str]) -> tuple[list[str], str]:
-        """Choose among some teachers."""
-        validation, labelled = self.table.split("validation"), self.table.split("train_labelled")
-        reference = fit_bridge(
-            "centres",
-            logits=None,
-            features=pixel_features(labelled.images()),
-            labels=labelled.labels,
-            num_classes=len(self.table.classes),
-        )
-        pixels = reference.carry(reference.distribution(None, pixel_features(validation.images())))
+        """Choose among some teachers, by all labelled images, each held out in turn."""
+        splits = [self.table.split(name) for name in LABELLED]
+        labels, size = torch.cat([one.labels for one in splits]), len(self.table.classes)
+        pixels = torch.cat([pixel_features(one.images()) for one in splits])
+        features = {name: self.features(name, *LABELLED) for name in names}
+
+        def together(members: Sequence[str]) -> Tensor:
+            return together_held_out([features[name] for name in members], labels, size)
+
         found = select_set(
-            {name: self.carried(name, "validation") for name in names},
-            validation.labels,
-            reference=pixels,
+            {name: together([name]) for name in names},
+            labels,
+            together=together,
+            reference=together_held_out([pixels], labels, size),
             gains={name: self.gain(name) for name in names},
             parameters={name: self.size(name) for name in names},
             max_teachers=MOST,
             seed=self.seed,
         )
         return list(found.chosen), found.best_single or names[0]
+
+    def features(self, name: str, *splits: str) -> Tensor:
+        """Return a teacher's penultimate features of some splits."""
+        said, parts = self.outputs(name), []
+        for split in splits:
+            ids = self.table.split(split).ids
+            parts.append((said.of_test(ids) if split == "test" else said.of(ids))[1].flatten(1).float())
+        return torch.cat(parts)
+
+    def together(self, names: Sequence[str]) -> Together:
+        """Return the view of a set of teachers."""
+        labelled = self.table.split("train_labelled")
+        features = [self.features(name, "train_labelled") for name in names]
+        return fit_together(features, labelled.labels, len(self.table.classes))
 
     def gain(self, name: str, kind: str = "centres") -> float:
         """Return a teacher's transport gain on the probe."""
@@ -218,7 +237,9 @@ class Case:
         return Speaker(name, self.classes_of(name), self.gain(name, kind) if self.setting.labels else 1.0, str(home))
 
     def teaching(self, row: str, names: Sequence[str], choice: str, kind: str) -> str:
-        """Share the taught images among teachers, as the stage amalgamate does."""
+        """Share the taught images among teachers, or let them teach together, as the stage amalgamate does."""
+        if choice == "together":
+            return self.taught_together(row, names)
         speakers = [self.speaker(name, kind) for name in names]
         carried = torch.stack([load_file(Path(one.folder) / SPOKEN)["carried"].float() for one in speakers])
         carried /= carried.sum(-1, keepdim=True)
@@ -232,6 +253,17 @@ class Case:
         folder = self.home / f"teaching-{row}"
         costs = [self.bridge(name, kind).M for name in names]
         Teaching.save(folder, ids=self.taught.ids, speakers=speakers, costs=costs, shares=shares)
+        return str(folder)
+
+    def taught_together(self, row: str, names: Sequence[str]) -> str:
+        """Write what a set says together of the taught images."""
+        view, folder = self.together(names), self.home / f"teaching-{row}"
+        home = self.home / f"together-{row}"
+        home.mkdir(parents=True, exist_ok=True)
+        p = view.distribution([self.features(name, *TAUGHT) for name in names]).half()
+        _save(home / SPOKEN, {"p": p, "carried": p.clone()})
+        speakers, ids = [Speaker("together", self.table.classes, 1.0, str(home))], self.taught.ids
+        Teaching.save(folder, ids=ids, speakers=speakers, costs=[view.bridge.M], shares=torch.ones(1, len(ids)))
         return str(folder)
 
     @property
@@ -263,7 +295,7 @@ def run_row(job: tuple[str, str, int, str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     started = time.perf_counter()
     case = Case(work, setting, seed)
-    found = _no_student(case, row) if row in NO_STUDENT else _student(case, row)
+    found = _no_student(case, row) if row in (*NO_STUDENT, "together") else _student(case, row)
     about = {"setting": setting.name, "seed": seed, "row": row}
     return about | found | {"seconds": round(time.perf_counter() - started, 1)}
 
@@ -297,7 +329,7 @@ def _student(case: Case, row: str) -> dict[str, Any]:
             names = [name for name in names if not name.startswith("imagenet")] or names
             about = {"teachers": names}
         kind = recipe.get("bridge", "centres")
-        teaching = case.teaching(row, names, recipe.get("choice", "least_ambiguous"), kind)
+        teaching = case.teaching(row, names, recipe.get("choice", "together"), kind)
         arm = Arm(row, case.seed, str(folder), teaching, objective=objective, flow=flow)
     _train(case, arm, {name: Reference(case.zoo[name]) for name in names})
     return _judged(case, folder) | about
@@ -465,6 +497,9 @@ def _no_student(case: Case, row: str) -> dict[str, Any]:
         names = [case.choice[1]] if case.setting.labels else names
         accuracies = [_accuracy(case, case.carried(name, "test").clamp_min(1e-12).log()) for name in names]
         return {"accuracy": max(accuracies)}
+    if row == "together":
+        p = case.together(names).distribution([case.features(name, "test") for name in names])
+        return {"accuracy": _accuracy(case, p.clamp_min(1e-12).log())}
     carried = torch.stack([case.carried(name, "test") for name in names])
     p = carried.mean(0) if row == "average_ensemble" else assign(carried).target
     return {"accuracy": _accuracy(case, p.clamp_min(1e-12).log())}

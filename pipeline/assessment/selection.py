@@ -1,11 +1,11 @@
-"""Choice of the set of teachers: greedy by marginal gain on validation images, with none as a possible answer.
+"""Choice of the set of teachers: greedy by marginal gain on labelled images, with none as a possible answer.
 
-Shapes: T teachers, V validation images, C_s target classes.
+Shapes: T teachers, V labelled images that what is said of them was not fitted on, C_s target classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,14 @@ from torch import Tensor
 from pipeline.amalgamation.ambiguity import assign
 from pipeline.transport import _checks
 
-Reason = Literal["chosen", "no relation", "no marginal gain", "over budget", "set no better than no teacher"]
+Reason = Literal[
+    "chosen",
+    "no relation",
+    "not among the best alone",
+    "no marginal gain",
+    "over budget",
+    "set no better than no teacher",
+]
 
 _RESAMPLES = 2000
 # What single precision leaves of a difference that is none.
@@ -34,7 +41,7 @@ class Pick:
     score
         The set's score with it, see `select_set`.
     confidence
-        Share of bootstrap resamples of the validation images in which the gain is above `min_gain`.
+        Share of bootstrap resamples of the labelled images in which the gain is above `min_gain`.
     """
 
     teacher: str
@@ -83,7 +90,7 @@ class Selection:
     reference_score
         Of what needs no teacher.
     score_interval
-        The central 90 % of the score's bootstrap distribution over the validation images.
+        The central 90 % of the score's bootstrap distribution over the labelled images.
     advantage_interval
         Likewise of the set's score less the reference's, pair by pair; of the greedy set where it was rejected.
     confidence
@@ -91,7 +98,7 @@ class Selection:
     coverage : (C_s,) tensor
         The set's score on the images of each class, NaN for a class without one.
     shares
-        Share of the validation images that each member would teach.
+        Share of the labelled images of which each member is the least ambiguous.
     """
 
     chosen: tuple[str, ...]
@@ -111,6 +118,7 @@ def select_set(
     carried: Mapping[str, Tensor],
     labels: Tensor,
     *,
+    together: Callable[[Sequence[str]], Tensor] | None = None,
     reference: Tensor | None = None,
     gains: Mapping[str, float] | None = None,
     parameters: Mapping[str, int] | None = None,
@@ -118,22 +126,26 @@ def select_set(
     max_params: int | None = None,
     min_gain: float = 0.01,
     confidence: float = 0.9,
+    consider: int | None = 32,
     seed: int = 0,
 ) -> Selection:
-    """Choose teachers one by one, each time the one that adds most to what the set says of the validation images.
+    """Choose teachers one by one, each time the one that adds most to what the set says of the labelled images.
 
-    A set's score is E_b [r_b(y_b)], with r_b what its least ambiguous member says of image b (`assign`): the accuracy
-    to expect of an answer drawn from r_b. It is smooth, where an accuracy on a few images moves in steps, and bounded,
-    where a likelihood hangs on the worst image. A teacher joins when its gain is the largest and, in a share
-    `confidence` of bootstrap resamples of the images, above `min_gain`. In the end the set as a whole must beat the
-    reference with the same confidence; otherwise none is chosen. Ties go to the smaller teacher, then by name. Ours.
+    A set's score is E_b [r_b(y_b)], with r_b what the set says of image b, by `together` or else by its least ambiguous
+    member (`assign`): the accuracy to expect of an answer drawn from r_b. It is smooth, where an accuracy on a few
+    images moves in steps, and bounded, where a likelihood hangs on the worst image. A teacher joins when its gain is
+    the largest and, in a share `confidence` of bootstrap resamples of the images, above `min_gain`. In the end the set
+    as a whole must beat the reference with the same confidence; otherwise none is chosen. Ties go to the smaller
+    teacher, then by name. Ours.
 
     Parameters
     ----------
     carried : mapping of name to (V, C_s) tensor
-        Every teacher's distributions over the target's classes.
+        Every teacher's distributions over the target's classes, as it says alone.
     labels : (V,) tensor
         Target classes.
+    together : function of the names of two or more teachers to (V, C_s) tensor, optional
+        What they say as a set, for instance `pipeline.amalgamation.together.together_held_out`.
     reference : (V, C_s) tensor, optional
         What can be said without a teacher, for instance by a bridge over `pixel_features`; by default the class
         frequencies.
@@ -149,6 +161,9 @@ def select_set(
         Least marginal gain, in the unit of the score.
     confidence
         In [0, 1).
+    consider
+        With `together`, the most teachers that are tried in a set, those with the best scores alone: each trial is a
+        fit. None for all.
     seed
         Of the resamples.
 
@@ -158,7 +173,7 @@ def select_set(
         For values that are no distributions, shapes that do not match, a budget below 1 or without sizes, and
         names that one mapping has and another lacks.
     """
-    sizes = _check(carried, labels, gains, parameters, max_teachers, max_params, min_gain, confidence)
+    sizes = _check(carried, labels, gains, parameters, max_teachers, max_params, min_gain, confidence, consider)
     y = labels.long().cpu()
     votes = {name: value.detach().double().cpu() for name, value in carried.items()}
     rows = torch.arange(len(y))
@@ -180,6 +195,9 @@ def select_set(
         return float(low), float(high)
 
     def scores(names: list[str]) -> Tensor:
+        if together is not None and len(names) > 1:
+            said = _checks.distributions("together", together(names), reference.shape[1])
+            return said.detach().double().cpu()[rows, y]
         return assign(torch.stack([votes[name] for name in names])).target[rows, y]
 
     alone = {name: scores([name]) for name in votes}
@@ -192,6 +210,15 @@ def select_set(
             verdicts[name] = Verdict("no relation", float(alone[name].mean()), mean, surety(advantage, min_gain))
         else:
             open_names.append(name)
+
+    if together is not None and consider is not None:
+        # The order is that of size and name among equals.
+        best_alone = sorted(open_names, key=lambda name: -float(alone[name].mean()))[:consider]
+        for name in [name for name in open_names if name not in best_alone]:
+            advantage = alone[name] - chance
+            mean, own = float(advantage.mean()), float(alone[name].mean())
+            verdicts[name] = Verdict("not among the best alone", own, mean, surety(advantage, min_gain))
+            open_names.remove(name)
 
     members: list[str] = []
     picks: list[Pick] = []
@@ -261,6 +288,7 @@ def _check(
     max_params: int | None,
     min_gain: float,
     confidence: float,
+    consider: int | None,
 ) -> Mapping[str, int]:
     if labels.ndim != 1 or len(labels) == 0:
         raise ValueError(f"labels must have shape (V,) with V >= 1, got shape {tuple(labels.shape)}")
@@ -271,7 +299,7 @@ def _check(
         raise ValueError(f"confidence must be in [0, 1), got {confidence}")
     if not min_gain >= 0:
         raise ValueError(f"min_gain must be >= 0, got {min_gain}")
-    for field, limit in (("max_teachers", max_teachers), ("max_params", max_params)):
+    for field, limit in (("max_teachers", max_teachers), ("max_params", max_params), ("consider", consider)):
         if limit is not None and limit < 1:
             raise ValueError(f"{field} must be >= 1 or None, got {limit}")
     if max_params is not None and parameters is None:

@@ -26,6 +26,8 @@ _ALWAYS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # workers without a GPU see none; naming it silences a FutureWarning
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same on a worker as in the driver
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Ray's 60 s are not enough for processes that import torch where the processors have other work to do.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard copies of every row
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -42,6 +44,7 @@ _QUIET = {
 _LOCAL = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 lets anything else that runs on the machine starve the workers
 }
 _REMOTE = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 

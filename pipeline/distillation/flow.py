@@ -200,7 +200,9 @@ class Flow(nn.Module):
         if not self.sources:
             raise ValueError("sources must name at least one layer of a teacher, got none")
         self.layers = {layer: tuple(layers[layer]) for layer in self.sources}
-        self.independent, self.remaining = False, 1.0
+        self.independent = False
+        # A buffer, so that a copy of former parameters (`Previous`) holds how much flowed when it was made.
+        self.register_buffer("_remaining", torch.tensor(1.0), persistent=False)
         # In lists: names with dots can't be keys of a ModuleDict.
         self._place = {layer: place for place, layer in enumerate(self.sources)}
         self.w = nn.ParameterList()
@@ -215,10 +217,20 @@ class Flow(nn.Module):
         """Return the weights (1 + K,) of every layer, the student's first; with a gradient."""
         return {layer: self._weights(w) for layer, w in zip(self.sources, self.w, strict=True)}
 
+    @property
+    def remaining(self) -> float:
+        """What remains of the teachers, r in [0, 1]."""
+        return float(self.get_buffer("_remaining"))
+
+    @remaining.setter
+    def remaining(self, value: float) -> None:
+        self.get_buffer("_remaining").fill_(value)
+
     def _weights(self, w: Tensor) -> Tensor:
+        left = self.get_buffer("_remaining").to(w.dtype)
         own = torch.zeros_like(w)
-        own[0] = 1 - self.remaining
-        return own + self.remaining * torch.softmax(w, dim=0)
+        own[0] = 1 - left
+        return own + left * torch.softmax(w, dim=0)
 
     def untouched(self) -> Tensor:
         """Return 0 with every parameter in its graph, for a step in which nothing flows."""
@@ -229,7 +241,7 @@ class Flow(nn.Module):
         return -torch.stack([torch.log_softmax(w, dim=0)[0] for w in self.w]).sum()
 
     def mix(self, layer: str, own: Tensor, taps: Taps) -> Tensor:
-        """Return z_j (B, …); `own` itself when independent, or nothing remains of the teachers.
+        """Return z_j (B, …); `own` itself when independent.
 
         Parameters
         ----------
@@ -244,7 +256,7 @@ class Flow(nn.Module):
         ValueError
             For shapes that are not those that the flow was made for, and a tap that is missing.
         """
-        if self.independent or self.remaining == 0:
+        if self.independent:
             return own
         if tuple(own.shape[1:]) != self.layers[layer]:
             raise ValueError(f"layer {layer!r} must have shape (B, *{self.layers[layer]}), got {tuple(own.shape)}")

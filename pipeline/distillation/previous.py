@@ -100,6 +100,10 @@ class Previous(nn.Module):
                 one.training = True
         return logits.detach()
 
+    def copy_of(self, name: str) -> Tensor:
+        """Return a parameter or buffer of the module as `logits` uses it."""
+        return self.get_buffer(_key("previous", name))
+
     @torch.no_grad()
     def step(self) -> None:
         """Count a step of the optimiser; after every k of them, make a new copy."""

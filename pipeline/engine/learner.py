@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.distillation.flow import FlowStudent
 from pipeline.distillation.previous import Previous, previous_output_kl
@@ -18,7 +19,10 @@ from pipeline.models.capture import captured, find_penultimate, pooled
 class Learner(nn.Module):
     """Student and objective in one forward pass, so that data-parallel training averages the gradients of both.
 
-    loss = objective + λ₁(t) L_dep + λ₂ L_KL; the last two with knowledge flow alone.
+    loss = objective + λ₁(t) L_dep + λ₂ L_KL + λ₃ L_alone; the last three with knowledge flow alone, whose objective is
+    that of the student with its teachers. L_alone is ours: with q the student on its own and z what it says with its
+    teachers, L_alone = CE(q, y) + mean_b KL(z_b ‖ q_b), without a gradient to z. The student so learns, from images
+    that have no label, what its teachers' features are good for.
 
     Parameters
     ----------
@@ -67,9 +71,13 @@ class Learner(nn.Module):
 
     def begin(self, progress: float) -> bool:
         """Turn to a step; return whether the teachers have to look at its images."""
-        if self.flow is not None and self.flow_spec is not None and self.flow_spec.fade:
-            self.flow.remaining = max(0.0, 1 - progress / self.flow_spec.ramp)
-        return "live" in self.wants or (self.flow is not None and self.flow.remaining > 0)
+        if self.flow is None or self.flow_spec is None:
+            return "live" in self.wants
+        remaining = max(0.0, 1 - progress / self.flow_spec.ramp) if self.flow_spec.fade else 1.0
+        self.flow.remaining = remaining
+        # After the fade the former parameters, to which the output is held, may still have had their teachers.
+        held = self.previous is not None and float(self.previous.copy_of("flow._remaining")) > 0
+        return "live" in self.wants or remaining > 0 or held
 
     def look(self, images: Tensor, live: tuple[Seen, ...] | None) -> Tensor:
         """Return the student's logits, with what flows in from the teachers where they have looked."""
@@ -104,11 +112,17 @@ class Learner(nn.Module):
         taps = {path: seen["tap", path] for path in self.taps}
         parts = dict(self.objective(Step(logits, labels, said, features, taps, live, progress)))
         if self.flow is not None and self.flow_spec is not None:
-            parts |= self._flow_parts(parts["loss"], logits, images, live, progress)
+            parts |= self._flow_parts(parts["loss"], logits, images, labels, live, progress)
         return parts
 
     def _flow_parts(
-        self, loss: Tensor, logits: Tensor, images: Tensor, live: tuple[Seen, ...] | None, progress: float
+        self,
+        loss: Tensor,
+        logits: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        live: tuple[Seen, ...] | None,
+        progress: float,
     ) -> dict[str, Tensor]:
         assert self.flow is not None and self.flow_spec is not None
         dependency = self.flow.dependency()
@@ -116,12 +130,27 @@ class Learner(nn.Module):
         parts = {"dependency": dependency.detach()}
         if live is None:
             loss = loss + self.flow.untouched()
+        elif self.flow_spec.alone > 0:
+            alone = self._alone(images, labels, logits)
+            loss = loss + self.flow_spec.alone * alone
+            parts["flow_alone"] = alone.detach()
         if self.previous is not None:
-            before = self.previous.logits(images, [seen.taps for seen in live or ()])
+            if live is None:
+                with self.flow.alone():
+                    before = self.previous.logits(images)
+            else:
+                before = self.previous.logits(images, [seen.taps for seen in live])
             jump = previous_output_kl(before, logits)
             loss = loss + self.flow_spec.kl * jump
             parts["flow_kl"] = jump.detach()
         return {"loss": loss} | parts | self.flow_weights()
+
+    def _alone(self, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return what the student has yet to learn to do without its teachers, see `Learner`."""
+        own = self.student(images)
+        kl = previous_output_kl(logits, own)
+        given = labels >= 0
+        return kl + (F.cross_entropy(own[given], labels[given], reduction="sum") / given.sum().clamp_min(1))
 
     def flow_weights(self) -> dict[str, Tensor]:
         """Return the mixing weight of every source: ``flow.LAYER.student`` and ``flow.LAYER.TEACHER``, by number."""

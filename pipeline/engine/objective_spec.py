@@ -229,13 +229,16 @@ class FlowSpec(StrictModel):
 
     layers: LayersSpec = LayersSpec()
     dependency: float = Field(0.1, ge=0, description="λ₁ of the sum of -log p_student, reached at the end of `ramp`")
-    ramp: float = Field(0.7, gt=0, le=1, description="part of the training over which λ₁ rises from 0")
+    ramp: float = Field(0.9, gt=0, le=1, description="part of the training over which λ₁ rises from 0")
     fade: bool = Field(
         True, description="scale the teachers' weights down to 0 over `ramp`; false: the loss alone is to do that"
     )
     kl: float = Field(0.0, ge=0, description="λ₂ of the KL divergence to the output under the previous parameters")
+    alone: float = Field(
+        2.0, ge=0, description="λ₃ (ours) of what the student learns on its own: labels, and what it says with teachers"
+    )
     every: int = Field(50, ge=1, description="steps between two snapshots of the previous parameters")
     student_share: float = Field(
-        0.5, gt=0, lt=1, description="weight of the student's own features at the start; the teachers share the rest"
+        0.2, gt=0, lt=1, description="weight of the student's own features at the start; the teachers share the rest"
     )
     precise: int = Field(2048, ge=1, description="images that BatchNorm is recalibrated on after the teachers are gone")

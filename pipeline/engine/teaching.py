@@ -89,7 +89,10 @@ class Teaching:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             "shares": shares.half().contiguous(),
-            **{f"cost.{number}": cost.float().clone() for number, cost in enumerate(costs)},
+            **{
+                f"cost.{number}": cost.float().clone(memory_format=torch.contiguous_format)
+                for number, cost in enumerate(costs)
+            },
         }
         save_file(tensors, folder / f".{_TENSORS}")
         (folder / f".{_TENSORS}").replace(folder / _TENSORS)

@@ -13,6 +13,7 @@ from pipeline.stages.base import Outcome, Run
 from pipeline.stages.probe import classes_of
 from pipeline.stages.speaking import speak, spoken
 from pipeline.stages.teachers import load_bridge, table_of, teacher_folder
+from pipeline.stages.together import TOGETHER, choice_of, said_together, speak_together
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ class Amalgamate:
         found: dict[str, Any] = {
             "amalgamate": settings.model_dump(mode="json", exclude={"resources", "batch_size", "components"}),
             "raw": needs_raw(run),
+            "choice": choice_of(run.settings),
         }
         if settings.choice == "random" and settings.mode == "direct":
             found["seed"] = run.settings.seed
@@ -119,11 +121,12 @@ def teach(run: Run, names: Sequence[str], folder: Path, *, choice: str | None = 
     """Share the training images among teachers; return the digest of what the student is taught."""
     import torch
 
-    from pipeline.engine.arms import TAUGHT
     from pipeline.engine.teaching import Teaching
 
     settings = run.settings.amalgamate
-    choice = choice or settings.choice
+    choice = choice or choice_of(run.settings)
+    if choice == "together":
+        return _teach_together(run, names, folder)
     speak(run, names, raw=needs_raw(run) if raw is None else raw)
     speakers = [speaker(run, name) for name in names]
     gains = [one.gain for one in speakers]
@@ -142,18 +145,53 @@ def teach(run: Run, names: Sequence[str], folder: Path, *, choice: str | None = 
         shares += (weights / weights.sum())[:, None]
     if settings.confidence:
         shares *= 1 - found.ambiguity
-    split = table_of(run).split(*TAUGHT)
-    digest = Teaching.save(
-        folder,
-        ids=split.ids,
-        speakers=speakers,
-        costs=[ground_cost(run, name) for name in names],
-        shares=shares,
-    )
-    write_assignments(folder, split.ids, {"": (names, teacher, found.ambiguity)})
-    classes = torch.where(split.labels >= 0, split.labels, found.target.argmax(1))
-    write_json(folder / "histograms.json", histograms(names, found.ambiguity, teacher, classes, table_of(run).classes))
+    from pipeline.engine.arms import TAUGHT
+
+    ids = table_of(run).split(*TAUGHT).ids
+    costs = [ground_cost(run, name) for name in names]
+    digest = Teaching.save(folder, ids=ids, speakers=speakers, costs=costs, shares=shares)
+    _write_choice(run, folder, names, teacher, found.ambiguity, found.target)
     return digest_of([digest, list(names)])
+
+
+def _teach_together(run: Run, names: Sequence[str], folder: Path) -> str:
+    """Let teachers teach as one; how sure each of them is by itself is written down, too."""
+    import torch
+
+    from pipeline.amalgamation.ambiguity import assign
+    from pipeline.engine.arms import TAUGHT
+    from pipeline.engine.teaching import Teaching
+
+    speak(run, names, raw=True)
+    one, cost = speak_together(run, names)
+    p = said_together(Path(one.folder))
+    own = assign(p[None]).ambiguity
+    shares = 1 - own if run.settings.amalgamate.confidence else torch.ones_like(own)
+    ids = table_of(run).split(*TAUGHT).ids
+    digest = Teaching.save(folder, ids=ids, speakers=[one], costs=[cost], shares=shares)
+    ambiguity = torch.cat([assign_carried(run, names).ambiguity, own])
+    teacher = torch.full((len(ids),), len(names))
+    _write_choice(run, folder, [*names, TOGETHER], teacher, ambiguity, p)
+    return digest_of([digest, list(names)])
+
+
+def _write_choice(
+    run: Run,
+    folder: Path,
+    names: Sequence[str],
+    teacher: torch.Tensor,
+    ambiguity: torch.Tensor,
+    target: torch.Tensor,
+) -> None:
+    import torch
+
+    from pipeline.engine.arms import TAUGHT
+
+    table = table_of(run)
+    split = table.split(*TAUGHT)
+    write_assignments(folder, split.ids, {"": (names, teacher, ambiguity)})
+    classes = torch.where(split.labels >= 0, split.labels, target.argmax(1))
+    write_json(folder / "histograms.json", histograms(names, ambiguity, teacher, classes, table.classes))
 
 
 def assign_carried(run: Run, names: Sequence[str], gains: Sequence[float] | None = None) -> Assignment:

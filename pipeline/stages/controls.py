@@ -78,7 +78,7 @@ def _concatenated(run: Run) -> Control:
     names = chosen(run)["chosen"]
     if not names or not has_labels(run) or run.settings.task.subtasks is not None:
         raise ConfigError("it needs teachers, labels and a single task")
-    folder, digest = teaching_by(run, "concatenated", names, raw=True)
+    folder, digest = teaching_by(run, "concatenated", names, choice="average", raw=True)
     loss = run.settings.distill.objective.cross_entropy
     objective = objective_of(cross_entropy={} if loss is None else loss.model_dump(), concatenated={})
     return Control("concatenated logits", _arms(run, "concatenated", folder, digest, objective=objective))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import AssessSettings
-from pipeline.errors import ConfigError, TeacherError
+from pipeline.errors import ConfigError, StageError, TeacherError
 from pipeline.stages.base import Run
 from pipeline.stages.teachers import TeacherJob, has_labels, outputs_folder, save_bridge, save_tensors, table_of
 
@@ -210,6 +210,27 @@ def _read_outputs(folder: Path) -> dict[str, Any] | None:
             return {key: handle.get_tensor(key) for key in handle.keys()} | {"about": handle.metadata()}
     except (OSError, SafetensorError):  # not there, or cut off: the teacher says it again
         return None
+
+
+def labelled_features(run: Run, name: str) -> torch.Tensor:
+    """Return the features (N, D) of an assessed teacher for all labelled images, split by split in `LABELLED`'s order.
+
+    Raises
+    ------
+    StageError
+        If they are no longer there, or a search dropped the teacher before it had seen all images.
+    """
+    import torch
+
+    known = _read_outputs(outputs_folder(run, name))
+    table = table_of(run)
+    wanted = sum(len(table.split(split)) for split in LABELLED)
+    if known is None or len(known["rows"]) < wanted:
+        raise StageError(
+            f"{outputs_folder(run, name)}: what {name!r} says of the labelled images is not there; force assess"
+        )
+    features: torch.Tensor = known["features"][torch.argsort(known["rows"])]
+    return features.float()
 
 
 def classes_of(run: Run, name: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from pipeline.stages.evaluate import Evaluate
 from pipeline.stages.ingest import Ingest
 from pipeline.stages.register import Register
 from pipeline.stages.select import Select
+from pipeline.stages.together import choice_of
 
 if TYPE_CHECKING:
     from pipeline.models.zoo import Zoo
@@ -96,6 +97,7 @@ def _check_objective(settings: Settings, wanted: list[Stage]) -> None:
         return
     from pipeline.engine.objectives import wants
 
+    choice_of(settings)
     needed, loss = wants(settings.distill.objective), settings.distill.objective
     if settings.task.splits.probe:
         return

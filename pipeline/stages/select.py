@@ -1,10 +1,10 @@
-"""Stage select: which teachers together help most on the validation images, or that none does."""
+"""Stage select: which teachers together help most on the labelled images, or that none does."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +13,20 @@ from pipeline.errors import ConfigError
 from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.assess import rows_of
 from pipeline.stages.base import Outcome, Run
-from pipeline.stages.ingest import table_path
-from pipeline.stages.teachers import carried, has_labels
+from pipeline.stages.probe import LABELLED, labelled_features
+from pipeline.stages.teachers import carried, has_labels, table_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.assessment.selection import Selection, Verdict
-    from pipeline.data.table import ImageTable
 
 
 class Select:
     """Assessment → `faculty.json`: who was chosen, in which order and why, and how well the set knows each class."""
 
     name = "select"
-    version = 2
+    version = 3
     needs = ("ingest", "assess")
 
     def inputs(self, run: Run) -> Mapping[str, Any]:
@@ -37,9 +36,8 @@ class Select:
     def run(self, run: Run, folder: Path) -> Outcome:
         """Choose greedily by marginal gain; the set must beat what the pixels alone say."""
         from pipeline.assessment.selection import select_set
-        from pipeline.data.table import ImageTable
 
-        settings, table = run.settings.select, ImageTable.open(str(table_path(run)))
+        settings, table = run.settings.select, table_of(run)
         rows = {row["teacher"]: row for row in rows_of(run)}
         usable = [name for name, row in rows.items() if row["error"] is None and row["dropped"] is None]
         if settings.teachers is not None:
@@ -47,18 +45,18 @@ class Select:
         if not has_labels(run):
             choice = _choose_unverified(settings, [rows[name] for name in usable])
             return self._finish(run, folder, choice, rows)
-        found = select_set(
-            {name: carried(run, name, "validation") for name in usable},
-            table.split("validation").labels,
-            reference=_without_teacher(table),
-            gains={name: rows[name]["bridge_gain"] for name in usable},
-            parameters={name: rows[name]["parameters"] for name in usable},
-            max_teachers=settings.max_teachers,
-            max_params=settings.max_params,
-            min_gain=settings.min_gain,
-            confidence=settings.confidence,
-            seed=run.settings.seed,
-        )
+        with run.display.working("choosing the set"):
+            said = _said_together(run, usable) if settings.by == "together" else _said_alone(run, usable)
+            found = select_set(
+                **said,
+                gains={name: rows[name]["bridge_gain"] for name in usable},
+                parameters={name: rows[name]["parameters"] for name in usable},
+                max_teachers=settings.max_teachers,
+                max_params=settings.max_params,
+                min_gain=settings.min_gain,
+                confidence=settings.confidence,
+                seed=run.settings.seed,
+            )
         return self._finish(run, folder, _describe(found, table.classes), rows)
 
     def _finish(self, run: Run, folder: Path, choice: dict[str, Any], rows: Mapping[str, dict[str, Any]]) -> Outcome:
@@ -135,10 +133,34 @@ def _choice(chosen: list[str], verdict: str, reasons: dict[str, str], *, best: l
     }
 
 
-def _without_teacher(table: ImageTable) -> Tensor:
-    """Return what the images alone say of the validation images: class centres of whitened pixels."""
+def _said_together(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    """Return what teachers, sets of them, and the images alone say of all labelled images, each held out in turn."""
+    import torch
+
+    from pipeline.amalgamation.together import together_held_out
+    from pipeline.transport.bridge import pixel_features
+
+    table = table_of(run)
+    splits, size = [table.split(name) for name in LABELLED], len(table.classes)
+    labels = torch.cat([split.labels for split in splits])
+    features = {name: labelled_features(run, name) for name in names}
+
+    def together(members: Sequence[str]) -> Tensor:
+        return together_held_out([features[name] for name in members], labels, size)
+
+    return {
+        "carried": {name: together([name]) for name in names},
+        "labels": labels,
+        "together": together,
+        "reference": together_held_out([torch.cat([pixel_features(split.images()) for split in splits])], labels, size),
+    }
+
+
+def _said_alone(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    """Return what each teacher, and the images alone, say of the validation images."""
     from pipeline.transport.bridge import fit_bridge, pixel_features
 
+    table = table_of(run)
     labelled, validation = table.split("train_labelled"), table.split("validation")
     bridge = fit_bridge(
         "centres",
@@ -147,18 +169,22 @@ def _without_teacher(table: ImageTable) -> Tensor:
         labels=labelled.labels,
         num_classes=len(table.classes),
     )
-    return bridge.carry(bridge.distribution(None, pixel_features(validation.images())))
+    return {
+        "carried": {name: carried(run, name, "validation") for name in names},
+        "labels": validation.labels,
+        "reference": bridge.carry(bridge.distribution(None, pixel_features(validation.images()))),
+    }
 
 
 def _describe(found: Selection, classes: tuple[str, ...]) -> dict[str, Any]:
     order = {name: number for number, name in enumerate(found.chosen)}
     coverage = {name: value for name, value in zip(classes, found.coverage.tolist(), strict=True) if value == value}
     verdict = (
-        f"{len(found.chosen)} teachers: validation score {found.score:.3f} against {found.reference_score:.3f} "
+        f"{len(found.chosen)} teachers: score on labelled images {found.score:.3f} against {found.reference_score:.3f} "
         f"without a teacher, {found.advantage_interval[0]:+.3f} to {found.advantage_interval[1]:+.3f} more, "
         f"confidence {found.confidence:.2f}"
         if found.chosen
-        else "no set of teachers is better on the validation images than the images alone "
+        else "no set of teachers is better on the labelled images than the images alone "
         f"(score {found.reference_score:.3f})"
     )
     return {

@@ -14,6 +14,7 @@ from pipeline.config import Settings
 from pipeline.report.console import Display
 from pipeline.stages.artefacts import Status
 from pipeline.stages.base import Run
+from pipeline.stages.together import TOGETHER
 
 # Scores that the table shows, where there are any, and what it calls them.
 _COLUMNS = {
@@ -141,7 +142,10 @@ def _amalgamate(run: Run) -> None:
     nested = {name: found for name, found in shares.items() if isinstance(found, dict)} or {"": shares}
     for subtask, counts in nested.items():
         total = sum(counts.values())
-        if total:
+        if set(counts) == {TOGETHER}:
+            names = json.loads((run.folder("select") / "faculty.json").read_text(encoding="utf-8"))["chosen"]
+            run.display.note(f"who teaches: {', '.join(names)}, together")
+        elif total:
             ordered = sorted(counts.items(), key=lambda item: -item[1])
             parts = [f"{name} {count / total:.0%}" for name, count in ordered]
             run.display.note(f"who teaches{' ' if subtask else ''}{subtask}: {', '.join(parts)}")

@@ -98,7 +98,8 @@ def test_blocks_on_a_pool_of_actors_say_the_same(world: Path, monkeypatch: pytes
 
 
 def test_features_flow_and_fade(world: Path) -> None:
-    records = run(world, "knowledge_flow", "distill.guard=null", "select.teachers=[mixed, flat]")
+    fade = "distill.flow.ramp=0.7"  # the last of four epochs is without teachers
+    records = run(world, "knowledge_flow", fade, "distill.guard=null", "select.teachers=[mixed, flat]")
     student = folder_of(world, records, "distill")
     history = json.loads((student / "history.json").read_text(encoding="utf-8"))
     own = [key for key in history[0] if key.startswith("flow.") and key.endswith(".student")]

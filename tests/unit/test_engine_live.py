@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.distillation.flow import Flow, FlowStudent, default_sources
+from pipeline.distillation.previous import previous_output_kl
 from pipeline.distillation.step import About, Said, TeacherAbout
 from pipeline.engine.context import LocalContext
 from pipeline.engine.learner import Learner
@@ -120,6 +121,53 @@ def test_without_fading_the_loss_alone_sets_the_weights() -> None:
     looked = learner.look(images, live(images))
     assert all(0 < float(value) < 1 for key, value in learner.flow_weights().items() if key.endswith("student"))
     assert not torch.allclose(looked, learner.look(images, None))
+
+
+def test_the_student_alone_learns_the_labels_and_what_it_says_with_its_teachers() -> None:
+    live, pupil = Live(teachers()), student()
+    learner = learner_of("flow", pupil, live)
+    learner.flow_spec = FlowSpec(alone=2, kl=0, dependency=0)
+    learner.previous = None
+    assert learner.begin(0.3)
+    images, labels = torch.randint(0, 255, (6, 1, 12, 12), dtype=torch.uint8), torch.tensor([0, 2, -1, -1, -1, 1])
+    pupil.eval()  # one BatchNorm for all passes below
+    pupil.net.classifier.weight.data *= 50  # a student that has made up its mind
+    parts = learner(images, labels, None, live(images), 0.3)
+    parts["loss"].backward()
+    mixed, own = learner.look(images, live(images)).detach(), pupil(images)
+    with torch.no_grad():
+        p, q = mixed.softmax(1), own.softmax(1)
+        kl = (p * (p / q).log()).sum(1).mean()
+        entropies = [-one[torch.tensor([0, 1, 5]), torch.tensor([0, 2, 1])].log().mean() for one in (p, q)]
+    assert float(kl) > 1e-3
+    torch.testing.assert_close(parts["loss"], entropies[0] + 2 * (kl + entropies[1]))
+    # What the student says with its teachers is not drawn to what it says alone: all of flow's gradient is the labels'.
+    found = [parameter.grad.clone() for parameter in learner.flow.parameters()]
+    learner.zero_grad()
+    learner.flow_spec = FlowSpec(alone=0, kl=0, dependency=0)
+    learner(images, labels, None, live(images), 0.3)["loss"].backward()
+    for one, parameter in zip(found, learner.flow.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad)
+
+
+def test_former_parameters_keep_the_teachers_that_they_had() -> None:
+    live, pupil = Live(teachers()), student()
+    pupil.eval()
+    pupil.net.classifier.weight.data *= 50
+    learner = learner_of("flow", pupil, live)
+    images = torch.randint(0, 255, (6, 1, 12, 12), dtype=torch.uint8)
+    labels = torch.full((6,), 1)
+    before = learner.look(images, live(images)).detach()
+    learner.begin(0.5)  # the teachers fade; no parameter has moved
+    parts = learner(images, labels, None, live(images), 0.5)
+    now = learner.look(images, live(images)).detach()
+    torch.testing.assert_close(parts["flow_kl"], previous_output_kl(before, now))
+    assert float(parts["flow_kl"]) > 1e-4
+    assert learner.begin(0.7)  # none flow now, but the former parameters still look
+    for _ in range(4):
+        learner.after_step()
+    assert not learner.begin(0.8)
+    assert float(learner(images, labels, None, None, 0.8)["flow_kl"]) == pytest.approx(0, abs=1e-6)
 
 
 def test_layers_by_name_are_checked() -> None:

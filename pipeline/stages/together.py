@@ -1,0 +1,96 @@
+"""The chosen teachers speak together: one view of the task from all their embeddings, beside what each says alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import Settings
+from pipeline.engine.spec import RAW, SPOKEN
+from pipeline.errors import ConfigError
+from pipeline.stages.base import Run
+from pipeline.stages.probe import labelled_features
+from pipeline.stages.speaking import spoken
+from pipeline.stages.teachers import save_tensors, table_of, teacher_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.amalgamation.together import Together
+    from pipeline.engine.teaching import Speaker
+
+TOGETHER = "(together)"  # no teacher's name has brackets
+_ROWS = 4096  # at a time: the embeddings of a large task do not fit in memory
+_EACH = frozenset({"live", "said.logits", "said.features", "labelled"})
+
+
+def choice_of(settings: Settings) -> str:
+    """Return who teaches an image: what the settings say, or what suits the task and the loss where they leave it open.
+
+    Raises
+    ------
+    ConfigError
+        If the teachers are to teach together, and the task or the loss does not allow it.
+    """
+    from pipeline.engine.objectives import wants
+
+    given = settings.amalgamate.choice
+    if given not in (None, "together"):
+        return given
+    why = None
+    if not settings.task.splits.probe:
+        why = "the task has no labels to fit their common view on"
+    elif settings.distill.flow is not None or wants(settings.distill.objective) & _EACH:
+        why = "the student's loss needs the logits, features or layers of each teacher"
+    elif given is None and settings.assess.bridge.kind != "centres":
+        why = "each teacher is to be heard in its own label space"
+    if why is None:
+        return "together"
+    if given == "together":
+        raise ConfigError(f"amalgamate.choice: together can't be, {why}; set it to least_ambiguous, average or gain")
+    return "least_ambiguous"
+
+
+def speak_together(run: Run, names: Sequence[str]) -> tuple[Speaker, torch.Tensor]:
+    """Write what teachers say together of the training images; return the speaker and its ground cost (C_s, C_s).
+
+    What each of them says must be there with its features, see `pipeline.stages.speaking.speak`.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from pipeline.engine.teaching import Speaker
+
+    view, classes = _view(run, names), table_of(run).classes
+    keyed = {"assessed": [teacher_folder(run, name).name for name in names], "version": 1}
+    folder = run.part("spoken", "together", keyed)
+    if not (folder / SPOKEN).exists():
+        handles = [safe_open(spoken(run, name) / RAW, "pt") for name in names]
+        stored = [handle.get_slice("features") for handle in handles]
+        rows = stored[0].get_shape()[0]
+        parts = [
+            view.distribution([one[start : start + _ROWS].float() for one in stored]).half()
+            for start in range(0, rows, _ROWS)
+        ]
+        p = torch.cat(parts)
+        save_tensors(folder, SPOKEN, {"p": p, "carried": p.clone()})
+    return Speaker(TOGETHER, classes, 1.0, str(folder)), view.bridge.M
+
+
+def said_together(folder: Path) -> torch.Tensor:
+    """Return what they say, (N, C_s)."""
+    from safetensors import safe_open
+
+    with safe_open(folder / SPOKEN, "pt") as handle:
+        p: torch.Tensor = handle.get_tensor("carried").float()
+    return p / p.sum(-1, keepdim=True)  # half precision rounds the sums away from 1
+
+
+def _view(run: Run, names: Sequence[str]) -> Together:
+    from pipeline.amalgamation.together import fit_together
+
+    table = table_of(run)
+    labels = table.split("train_labelled").labels
+    features = [labelled_features(run, name)[: len(labels)] for name in names]
+    return fit_together(features, labels, len(table.classes))

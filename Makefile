@@ -11,13 +11,14 @@ export PYTHONUNBUFFERED := 1
 
 setup: $(STAMP)
 
-# uv takes the torch that torchvision was built against, and checks every hash. An interrupted set-up starts over.
+# uv takes the torch that torchvision was built against, and checks every hash. An interrupted set-up starts over. All is
+# compiled at once: where Python may not write bytecode, each of Ray's processes would compile torch anew, for seconds.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; name another with make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@echo "installing the locked packages into .venv (about 5 GB, once)"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 

@@ -37,6 +37,7 @@ TITLES = {
     "best_teacher": "best teacher itself",
     "average_ensemble": "the set itself, averaged",
     "least_ambiguous_ensemble": "the set itself, least ambiguous",
+    "together": "the set itself, together",
 }
 
 Values = dict[tuple[str, str], dict[int, float]]
@@ -133,7 +134,7 @@ def main(arguments: list[str]) -> None:
     note = (
         "Test accuracy in %, mean ± std of 3 seeds of splits and trainings, last epoch. All rows of a setting and seed "
         "share images, labels, net, loop and augmentation; teachers that look at every step (hints, attention, flow, "
-        "AKA) leave out the ImageNet net. The last three rows are teachers, without a student."
+        "AKA) leave out the ImageNet net. Rows called \"itself\" are teachers, without a student."
     )
     write("distill", table, goals, columns, note)
     plot(values, RESULTS / "distill.png")
@@ -147,7 +148,7 @@ def plot(values: Values, path: Path) -> None:
 
     figure = Figure(figsize=(3 * len(LABELLED), 5.5), layout="constrained")
     axes = figure.subplots(1, len(LABELLED), sharey=True)
-    names = [row for row in rows_of(SETTINGS[LABELLED[0]]) if row not in (*NO_STUDENT, "no_teacher")]
+    names = [row for row in rows_of(SETTINGS[LABELLED[0]]) if row not in (*NO_STUDENT, "together", "no_teacher")]
     for axis, setting in zip(axes, LABELLED, strict=True):
         for place, row in enumerate(names):
             gap, error = lead(values[setting, row], values[setting, "no_teacher"])

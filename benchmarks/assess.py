@@ -299,7 +299,8 @@ def main() -> None:
         "on, when both processes are warm, against the forward passes of as many preloaded teachers in two other "
         "processes; it includes loading, all scores of the default settings and writing. Search: the demo's ten "
         "teachers and 19 copies of each with ever more noise in their weights, 900 labelled images, default settings. "
-        "Chosen: the best single teacher of the stage select, by the validation images. Accuracy: the teacher's view, "
+        "Chosen: the best single teacher of the stage select, by the labelled images held out in folds. Accuracy: the "
+        "teacher's view, "
         "fitted on 200 of the images, on 2,000 test images."
     )
     write("assess", [*rows, *found, opened], goals, COLUMNS, note)

@@ -6,7 +6,7 @@ from jobs.shell import Config, Overrides, Verbose, execute, main
 
 
 def amalgamate(overrides: Overrides = None, config: Config = None, verbose: Verbose = False) -> None:
-    """Let the chosen teachers share the images: the least ambiguous one teaches each."""
+    """Write down what the chosen teachers say of the training images: as one, or each of its share."""
     execute("amalgamate", config, overrides, verbose)
 
 

@@ -160,6 +160,9 @@ class SelectSettings(StrictModel):
         description="what a set says, in the test of whom to add: one view from the joined embeddings, on all labelled "
         "images, held out in folds; or its least ambiguous member, on the validation images",
     )
+    consider: int = Field(
+        32, ge=1, description="with together, the most teachers that are tried in sets: the best alone"
+    )
     max_teachers: int = Field(4, ge=1)
     max_params: int | None = Field(None, ge=1, description="parameters of the whole set; null: no limit")
     min_gain: float = Field(
@@ -192,7 +195,9 @@ class AmalgamateSettings(StrictModel):
         "teacher that is surest of it; all, by their transport gain; all alike; one drawn by lot; null: together, or "
         "least_ambiguous where there are no labels, the loss needs each teacher, or the bridge is not centres",
     )
-    by_gain: bool = Field(False, description="a teacher's certainty counts as much as its transport gain")
+    by_gain: bool = Field(
+        False, description="with least_ambiguous, a teacher's certainty counts as much as its transport gain"
+    )
     confidence: bool = Field(False, description="an image counts as much as its teacher is sure of it")
     components: ComponentSettings = ComponentSettings()
     batch_size: int = Field(256, ge=1)

@@ -22,7 +22,7 @@ WITHOUT = tuple(setting.name for setting in SETTINGS.values() if not setting.lab
 METHODS = ("faculty", "sctd", "aka", "knowledge_flow")
 # Students that the default is held against; teachers themselves are larger than a student and stand apart.
 AGAINST = (
-    *("no_teacher", "finetune", "random_set", "best_single", "average", "concatenated"),
+    *("no_teacher", "finetune", "random_set", "best_single", "least_ambiguous", "average", "concatenated"),
     *("kd", "dkd", "dist", "hints", "attention", "common_features", "b_tuning", "dropping"),
 )
 TITLES = {
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> None:
     note = (
         "Test accuracy in %, mean ± std of 3 seeds of splits and trainings, last epoch. All rows of a setting and seed "
         "share images, labels, net, loop and augmentation; teachers that look at every step (hints, attention, flow, "
-        "AKA) leave out the ImageNet net. Rows called \"itself\" are teachers, without a student."
+        'AKA) leave out the ImageNet net. Rows called "itself" are teachers, without a student.'
     )
     write("distill", table, goals, columns, note)
     plot(values, RESULTS / "distill.png")

@@ -2,9 +2,10 @@
 
     python -m benchmarks.distill run --work DIR      after `build`
 
-About an hour on two cores; finished rows are kept in ``WORK/rows.jsonl``, so that a call that was cut off goes on. All
-rows of a setting and seed share the images, the labels, the student's net, the loop, the augmentation and the chosen
-set; they differ in what the student is taught.
+Two hours on two cores; finished rows are kept in ``WORK/rows.jsonl``, so that a call that was cut off goes on. They are
+known by setting, seed and name: after a change of a recipe, take its rows out of there. All rows of a setting and seed
+share the images, the labels, the student's net, the loop, the augmentation and the chosen set; they differ in what the
+student is taught.
 """
 
 from __future__ import annotations
@@ -487,7 +488,7 @@ def _accuracy(case: Case, logits: Tensor) -> float:
 
 
 def _no_student(case: Case, row: str) -> dict[str, Any]:
-    """Ask the teachers themselves: the best of them, their average, or for each image the least ambiguous."""
+    """Ask the teachers themselves: the best, their average, all together, or for each image the least ambiguous."""
     if case.setting.subtasks:
         return _no_student_of_heads(case, row)
     names = case.choice[0] if case.setting.labels else list(case.setting.teachers)

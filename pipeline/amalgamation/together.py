@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.transport.bridge import Bridge, fit_bridge
-from pipeline.transport.centres import held_out
+from pipeline.transport.centres import held_out_distributions
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Together:
         return self.bridge.distribution(None, _joined(features, self.origins, self.scales))
 
 
-def fit_together(features: Sequence[Tensor], labels: Tensor, num_classes: int) -> Together:
+def fit_together(
+    features: Sequence[Tensor], labels: Tensor, num_classes: int, *, temperature: float | None = None
+) -> Together:
     """Fit the view of a set on labelled samples.
 
     x = [(f_1 − f̄_1) / s_1, …, (f_T − f̄_T) / s_T] with s_t = mean_n ‖f_t,n − f̄_t‖, and a ``"centres"`` bridge over x
@@ -65,6 +67,8 @@ def fit_together(features: Sequence[Tensor], labels: Tensor, num_classes: int) -
         Target classes, each with at least one sample.
     num_classes
         C_s.
+    temperature
+        τ; by default calibrated.
 
     Raises
     ------
@@ -73,7 +77,9 @@ def fit_together(features: Sequence[Tensor], labels: Tensor, num_classes: int) -
     """
     origins, scales = _sizes(features)
     x = _joined(features, origins, scales)
-    bridge = fit_bridge("centres", logits=None, features=x, labels=labels, num_classes=num_classes)
+    bridge = fit_bridge(
+        "centres", logits=None, features=x, labels=labels, num_classes=num_classes, temperature=temperature
+    )
     return Together(origins, scales, bridge)
 
 
@@ -93,10 +99,10 @@ def together_held_out(features: Sequence[Tensor], labels: Tensor, num_classes: i
     ValueError
         See `fit_together`.
     """
-    found = held_out(_joined(features, *_sizes(features)), labels, num_classes)
-    frequencies = torch.bincount(labels.long(), minlength=num_classes).to(found.p) / len(labels)
+    rows, told = held_out_distributions(_joined(features, *_sizes(features)), labels, num_classes)
+    frequencies = torch.bincount(labels.long(), minlength=num_classes).to(told) / len(labels)
     p = frequencies.expand(len(labels), -1).clone()
-    p[found.rows] = found.p
+    p[rows] = told
     return p
 
 

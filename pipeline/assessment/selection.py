@@ -60,7 +60,7 @@ class Verdict:
     score
         Of the teacher alone, see `select_set`.
     gain
-        What it would add, or did add, to the set at the moment of the decision.
+        What it would add, or did add, to the set when it was last tried.
     confidence
         That this gain is above `min_gain`.
     """
@@ -211,29 +211,37 @@ def select_set(
         else:
             open_names.append(name)
 
-    if together is not None and consider is not None:
+    # What each would add; at first what it has over chance.
+    trials = {name: alone[name] - chance for name in open_names}
+
+    def turn_down(name: str, reason: Reason) -> None:
+        added = trials[name]
+        verdicts[name] = Verdict(reason, float(alone[name].mean()), float(added.mean()), surety(added, min_gain))
+        open_names.remove(name)
+
+    if together is not None:
+        for name in [name for name in open_names if not _fits([name], sizes, max_teachers, max_params)]:
+            turn_down(name, "over budget")
         # The order is that of size and name among equals.
         best_alone = sorted(open_names, key=lambda name: -float(alone[name].mean()))[:consider]
         for name in [name for name in open_names if name not in best_alone]:
-            advantage = alone[name] - chance
-            mean, own = float(advantage.mean()), float(alone[name].mean())
-            verdicts[name] = Verdict("not among the best alone", own, mean, surety(advantage, min_gain))
-            open_names.remove(name)
+            turn_down(name, "not among the best alone")
 
     members: list[str] = []
     picks: list[Pick] = []
     current = chance
     while open_names:
         affordable = [name for name in open_names if _fits([*members, name], sizes, max_teachers, max_params)]
-        trials = {name: scores([*members, name]) - current for name in open_names}
+        # A trial of a set that looks together is a fit: none for those that could not join.
+        tried = open_names if together is None else affordable
+        if members:
+            trials |= {name: scores([*members, name]) - current for name in tried}
         sure = {name: surety(trials[name], min_gain) for name in open_names}
         useful = [name for name in open_names if sure[name] >= confidence and float(trials[name].mean()) > min_gain]
         worthy = [name for name in useful if name in affordable]
         if not worthy:
-            for name in open_names:
-                reason: Reason = "over budget" if name in useful else "no marginal gain"
-                added = float(trials[name].mean())
-                verdicts[name] = Verdict(reason, float(alone[name].mean()), added, sure[name])
+            for name in list(open_names):
+                turn_down(name, "over budget" if name in useful else "no marginal gain")
             break
         best = max(worthy, key=lambda name: float(trials[name].mean()))  # the first of equals, hence the smaller
         members.append(best)

@@ -147,7 +147,7 @@ class TeacherDropping(Objective):
        (arXiv 2408.05088).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"said"})
+    needs: ClassVar[frozenset[str]] = frozenset({"said", "said.each"})
 
     def __init__(self, about: About, *, drop: float = 0.5, temperature: float = 1.0) -> None:
         super().__init__()

@@ -149,7 +149,7 @@ class Flow(nn.Module):
 
     `remaining`, r in [0, 1], is ours: the teachers' weights are r p_j^l, the student's is 1 − r (1 − p_j^student). The
     publication leaves it to the loss to bring p_j^student to 1, which takes more steps than a training on few images
-    has. At r = 0 nothing flows, and teachers need not be run.
+    has. At r = 0 nothing flows; once it is independent, teachers need not be run.
 
     Parameters
     ----------

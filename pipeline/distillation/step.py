@@ -191,7 +191,8 @@ class Objective(nn.Module):
     ----------
     needs : frozenset of str
         What it must be given beyond logits and labels: ``said``, ``said.logits``, ``said.features``, ``live``,
-        ``features``, ``taps``, ``labelled``.
+        ``features``, ``taps``, ``labelled``; and ``said.each`` where what the teachers say is to come from each of
+        them, not from all as one.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

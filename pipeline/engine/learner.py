@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pipeline.distillation.cross_entropy import labelled_cross_entropy
 from pipeline.distillation.flow import FlowStudent
 from pipeline.distillation.previous import Previous, previous_output_kl
 from pipeline.distillation.step import Said, Seen, Step
@@ -21,8 +21,8 @@ class Learner(nn.Module):
 
     loss = objective + λ₁(t) L_dep + λ₂ L_KL + λ₃ L_alone; the last three with knowledge flow alone, whose objective is
     that of the student with its teachers. L_alone is ours: with q the student on its own and z what it says with its
-    teachers, L_alone = CE(q, y) + mean_b KL(z_b ‖ q_b), without a gradient to z. The student so learns, from images
-    that have no label, what its teachers' features are good for.
+    teachers, L_alone = CE(q, y) + mean_b KL(z_b ‖ q_b), without a gradient to z, as long as anything flows. The student
+    so learns, from images that have no label, what its teachers' features are good for.
 
     Parameters
     ----------
@@ -75,9 +75,10 @@ class Learner(nn.Module):
             return "live" in self.wants
         remaining = max(0.0, 1 - progress / self.flow_spec.ramp) if self.flow_spec.fade else 1.0
         self.flow.remaining = remaining
+        if remaining > 0 or "live" in self.wants:
+            return True
         # After the fade the former parameters, to which the output is held, may still have had their teachers.
-        held = self.previous is not None and float(self.previous.copy_of("flow._remaining")) > 0
-        return "live" in self.wants or remaining > 0 or held
+        return self.previous is not None and float(self.previous.copy_of("flow._remaining")) > 0
 
     def look(self, images: Tensor, live: tuple[Seen, ...] | None) -> Tensor:
         """Return the student's logits, with what flows in from the teachers where they have looked."""
@@ -130,7 +131,7 @@ class Learner(nn.Module):
         parts = {"dependency": dependency.detach()}
         if live is None:
             loss = loss + self.flow.untouched()
-        elif self.flow_spec.alone > 0:
+        if self.flow_spec.alone > 0 and (progress < self.flow_spec.ramp or not self.flow_spec.fade):
             alone = self._alone(images, labels, logits)
             loss = loss + self.flow_spec.alone * alone
             parts["flow_alone"] = alone.detach()
@@ -148,9 +149,7 @@ class Learner(nn.Module):
     def _alone(self, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
         """Return what the student has yet to learn to do without its teachers, see `Learner`."""
         own = self.student(images)
-        kl = previous_output_kl(logits, own)
-        given = labels >= 0
-        return kl + (F.cross_entropy(own[given], labels[given], reduction="sum") / given.sum().clamp_min(1))
+        return labelled_cross_entropy(own, labels) + previous_output_kl(logits, own)
 
     def flow_weights(self) -> dict[str, Tensor]:
         """Return the mixing weight of every source: ``flow.LAYER.student`` and ``flow.LAYER.TEACHER``, by number."""

@@ -1,4 +1,4 @@
-"""Stage amalgamate: every training image gets its teacher, or its shares of several; or component nets in between."""
+"""Stage amalgamate: what the chosen teachers say of every training image, as one or by shares; or component nets."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.amalgamation.ambiguity import Assignment
+    from pipeline.data.table import ImageSplit
     from pipeline.engine.teaching import Speaker
 
 NONE = "none"
@@ -36,10 +37,11 @@ class Amalgamate:
         """Depend on how the teachers are put together; with component nets also on how these are trained."""
         settings = run.settings.amalgamate
         found: dict[str, Any] = {
-            "amalgamate": settings.model_dump(mode="json", exclude={"resources", "batch_size", "components"}),
+            "amalgamate": settings.model_dump(mode="json", exclude={"resources", "batch_size", "components", "choice"}),
             "raw": needs_raw(run),
-            "choice": choice_of(run.settings),
         }
+        if settings.mode == "direct":
+            found["choice"] = choice_of(run.settings)
         if settings.choice == "random" and settings.mode == "direct":
             found["seed"] = run.settings.seed
         if settings.mode == "components":
@@ -101,7 +103,8 @@ def teaching_of(run: Run) -> tuple[Path | None, str]:
 
 def teaching_by(run: Run, kind: str, names: Sequence[str], **how: Any) -> tuple[Path, str]:
     """Let other teachers teach, or share the images otherwise, as a control; return folder and digest."""
-    raw = needs_raw(run) or bool(how.pop("raw", False))
+    how["choice"] = how.get("choice") or choice_of(run.settings)
+    raw = needs_raw(run) or how.pop("raw", False) or how["choice"] == "together"
     speak(run, names, raw=raw)
     folder = run.part("controls", kind, {"spoken": [spoken(run, name).name for name in names], **how, "raw": raw})
     return folder, teach(run, names, folder, raw=raw, **how)
@@ -145,12 +148,10 @@ def teach(run: Run, names: Sequence[str], folder: Path, *, choice: str | None = 
         shares += (weights / weights.sum())[:, None]
     if settings.confidence:
         shares *= 1 - found.ambiguity
-    from pipeline.engine.arms import TAUGHT
-
-    ids = table_of(run).split(*TAUGHT).ids
+    split = _taught(run)
     costs = [ground_cost(run, name) for name in names]
-    digest = Teaching.save(folder, ids=ids, speakers=speakers, costs=costs, shares=shares)
-    _write_choice(run, folder, names, teacher, found.ambiguity, found.target)
+    digest = Teaching.save(folder, ids=split.ids, speakers=speakers, costs=costs, shares=shares)
+    _write_choice(run, folder, split, names, teacher, found.ambiguity, found.target)
     return digest_of([digest, list(names)])
 
 
@@ -159,7 +160,6 @@ def _teach_together(run: Run, names: Sequence[str], folder: Path) -> str:
     import torch
 
     from pipeline.amalgamation.ambiguity import assign
-    from pipeline.engine.arms import TAUGHT
     from pipeline.engine.teaching import Teaching
 
     speak(run, names, raw=True)
@@ -167,17 +167,24 @@ def _teach_together(run: Run, names: Sequence[str], folder: Path) -> str:
     p = said_together(Path(one.folder))
     own = assign(p[None]).ambiguity
     shares = 1 - own if run.settings.amalgamate.confidence else torch.ones_like(own)
-    ids = table_of(run).split(*TAUGHT).ids
-    digest = Teaching.save(folder, ids=ids, speakers=[one], costs=[cost], shares=shares)
+    split = _taught(run)
+    digest = Teaching.save(folder, ids=split.ids, speakers=[one], costs=[cost], shares=shares)
     ambiguity = torch.cat([assign_carried(run, names).ambiguity, own])
-    teacher = torch.full((len(ids),), len(names))
-    _write_choice(run, folder, [*names, TOGETHER], teacher, ambiguity, p)
+    teacher = torch.full((len(split),), len(names))
+    _write_choice(run, folder, split, [*names, TOGETHER], teacher, ambiguity, p)
     return digest_of([digest, list(names)])
+
+
+def _taught(run: Run) -> ImageSplit:
+    from pipeline.engine.arms import TAUGHT
+
+    return table_of(run).split(*TAUGHT)
 
 
 def _write_choice(
     run: Run,
     folder: Path,
+    split: ImageSplit,
     names: Sequence[str],
     teacher: torch.Tensor,
     ambiguity: torch.Tensor,
@@ -185,13 +192,9 @@ def _write_choice(
 ) -> None:
     import torch
 
-    from pipeline.engine.arms import TAUGHT
-
-    table = table_of(run)
-    split = table.split(*TAUGHT)
     write_assignments(folder, split.ids, {"": (names, teacher, ambiguity)})
     classes = torch.where(split.labels >= 0, split.labels, target.argmax(1))
-    write_json(folder / "histograms.json", histograms(names, ambiguity, teacher, classes, table.classes))
+    write_json(folder / "histograms.json", histograms(names, ambiguity, teacher, classes, table_of(run).classes))
 
 
 def assign_carried(run: Run, names: Sequence[str], gains: Sequence[float] | None = None) -> Assignment:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import AssessSettings
 from pipeline.errors import ConfigError, StageError, TeacherError
 from pipeline.stages.base import Run
-from pipeline.stages.teachers import TeacherJob, has_labels, outputs_folder, save_bridge, save_tensors, table_of
+from pipeline.stages.teachers import (
+    TeacherJob,
+    has_labels,
+    outputs_folder,
+    save_bridge,
+    save_tensors,
+    table_of,
+    teacher_folder,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +70,7 @@ def build_probe(run: Run, rungs: Sequence[float]) -> dict[str, Any]:
         images.append(split.images())
         labels.append(split.labels)
         parts.append(torch.full((len(split),), part, dtype=torch.int8))
-        # Validation images judge sets of teachers, in the end.
+        # Validation images are looked at last: they judge sets of teachers, and the student.
         last = torch.full((len(split),), len(rungs) - 1, dtype=torch.int8)
         first.append(last if part == _HELD else rung_of(split.labels, rungs))
     return {
@@ -226,8 +234,10 @@ def labelled_features(run: Run, name: str) -> torch.Tensor:
     table = table_of(run)
     wanted = sum(len(table.split(split)) for split in LABELLED)
     if known is None or len(known["rows"]) < wanted:
+        assessed = f"{teacher_folder(run, name)} and {run.folder('assess')}"
         raise StageError(
-            f"{outputs_folder(run, name)}: what {name!r} says of the labelled images is not there; force assess"
+            f"{outputs_folder(run, name)}: what {name!r} says of the labelled images is no longer there; remove "
+            f"{assessed}, and run again"
         )
     features: torch.Tensor = known["features"][torch.argsort(known["rows"])]
     return features.float()

@@ -97,7 +97,7 @@ def model_card(run: Run, lineage: Mapping[str, Any]) -> str:
     lines += [
         f"- {name}: licence {details['licence'] or 'not stated'}, fingerprint `{details['fingerprint'][:16]}`"
         for name, details in lineage["teachers"].items()
-    ] or ["None: no teacher helped on the validation images."]
+    ] or ["None: no teacher helped on the labelled images."]
     lines += ["", "## Test accuracy", "", "| taught by | seeds | accuracy, % | ECE |", "|---|---|---|---|"]
     lines += [
         f"| {arm['title']} | {len(arm['accuracies'])} | {100 * arm['mean']:.1f} ± {100 * arm['std']:.1f} "

@@ -93,11 +93,12 @@ def show_status(settings: Settings, *, until: str = "register", display: Display
 
 def _check_objective(settings: Settings, wanted: list[Stage]) -> None:
     """Refuse a loss that can't be built, or that needs labels where there are none, before teachers have been run."""
+    if any(stage.name == "amalgamate" for stage in wanted):
+        choice_of(settings)
     if not any(stage.name == "distill" for stage in wanted):
         return
     from pipeline.engine.objectives import wants
 
-    choice_of(settings)
     needed, loss = wants(settings.distill.objective), settings.distill.objective
     if settings.task.splits.probe:
         return

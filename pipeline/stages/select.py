@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.assessment.selection import Selection, Verdict
+
+
+_JUDGED = 5000  # labelled images that sets are judged on, at most: each trial of a set is a fit on them
 
 
 class Select:
@@ -55,6 +59,7 @@ class Select:
                 max_params=settings.max_params,
                 min_gain=settings.min_gain,
                 confidence=settings.confidence,
+                consider=settings.consider,
                 seed=run.settings.seed,
             )
         return self._finish(run, folder, _describe(found, table.classes), rows)
@@ -143,17 +148,30 @@ def _said_together(run: Run, names: Sequence[str]) -> dict[str, Any]:
     table = table_of(run)
     splits, size = [table.split(name) for name in LABELLED], len(table.classes)
     labels = torch.cat([split.labels for split in splits])
-    features = {name: labelled_features(run, name) for name in names}
+    judged = _judged(labels, size, run.settings.seed)
+    # One that is tried in a set is tried often; of thousands of others, what they say alone is all that is wanted.
+    features = lru_cache(run.settings.select.consider)(lambda name: labelled_features(run, name)[judged])
 
     def together(members: Sequence[str]) -> Tensor:
-        return together_held_out([features[name] for name in members], labels, size)
+        return together_held_out([features(name) for name in members], labels[judged], size)
 
+    pixels = torch.cat([pixel_features(split.images()) for split in splits])[judged]
     return {
         "carried": {name: together([name]) for name in names},
-        "labels": labels,
+        "labels": labels[judged],
         "together": together,
-        "reference": together_held_out([torch.cat([pixel_features(split.images()) for split in splits])], labels, size),
+        "reference": together_held_out([pixels], labels[judged], size),
     }
+
+
+def _judged(labels: Tensor, num_classes: int, seed: int) -> Tensor:
+    """Return the rows of at most `_JUDGED` images, as many of each class as of another; two at least."""
+    import torch
+
+    each = max(2, _JUDGED // num_classes)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    kept = [order[labels[order] == label][:each] for label in range(num_classes)]
+    return torch.cat(kept).sort().values
 
 
 def _said_alone(run: Run, names: Sequence[str]) -> dict[str, Any]:

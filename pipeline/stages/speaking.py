@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from pipeline.stages.base import Run
 from pipeline.stages.teachers import TeacherJob, load_bridge, save_tensors, table_of, teacher_folder
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.cluster.blocks import Block
     from pipeline.engine.arms import TeacherReference
 
@@ -166,22 +169,30 @@ def make_speaker(payload: SpeakPayload) -> Callable[[int, int], dict[str, Any]]:
         p = output.logits.softmax(1) if bridge is None else bridge.distribution(output.logits, output.features)
         tensors = {"p": p.half(), "carried": (p if bridge is None else bridge.carry(p)).half()}
         if payload.raw:
-            tensors |= {"logits": output.logits.half(), "features": output.features.half()}
+            tensors |= {"logits": _compact(output.logits), "features": _compact(output.features)}
         save_tensors(Path(payload.folder), payload.shard(start, stop), tensors)
         return {"rows": stop - start}
 
     return speak_rows
 
 
+def _compact(values: torch.Tensor) -> torch.Tensor:
+    """Return values in half precision, where they are of a size that it holds."""
+    largest = float(values.abs().max()) if values.numel() else 1.0
+    return values.half() if 1e-2 <= largest <= 6e4 else values.float()
+
+
 def _join(payload: SpeakPayload, ranges: Sequence[tuple[int, int]]) -> None:
     """Make one file of the shards, and delete them."""
     import torch
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     folder = Path(payload.folder)
     shards = [folder / payload.shard(start, stop) for start, stop in ranges]
-    parts = [load_file(path) for path in shards]
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    with contextlib.ExitStack() as stack:
+        handles = [stack.enter_context(safe_open(path, "pt")) for path in shards]
+        # Name by name: all that is held twice is one block's part of one name.
+        joined = {name: torch.cat([handle.get_tensor(name) for handle in handles]) for name in list(handles[0].keys())}
     if payload.raw:
         save_tensors(folder, RAW, {name: joined.pop(name) for name in ("logits", "features")})
     save_tensors(folder, SPOKEN, joined)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TOGETHER = "(together)"  # no teacher's name has brackets
 _ROWS = 4096  # at a time: the embeddings of a large task do not fit in memory
-_EACH = frozenset({"live", "said.logits", "said.features", "labelled"})
+_EACH = frozenset({"live", "said.each", "said.logits", "said.features", "labelled"})
 
 
 def choice_of(settings: Settings) -> str:
@@ -38,11 +38,13 @@ def choice_of(settings: Settings) -> str:
     given = settings.amalgamate.choice
     if given not in (None, "together"):
         return given
+    if settings.amalgamate.mode == "components":  # which choose for themselves
+        return "least_ambiguous"
     why = None
     if not settings.task.splits.probe:
         why = "the task has no labels to fit their common view on"
     elif settings.distill.flow is not None or wants(settings.distill.objective) & _EACH:
-        why = "the student's loss needs the logits, features or layers of each teacher"
+        why = "the student's loss needs what each teacher says, or its layers"
     elif given is None and settings.assess.bridge.kind != "centres":
         why = "each teacher is to be heard in its own label space"
     if why is None:
@@ -93,4 +95,4 @@ def _view(run: Run, names: Sequence[str]) -> Together:
     table = table_of(run)
     labels = table.split("train_labelled").labels
     features = [labelled_features(run, name)[: len(labels)] for name in names]
-    return fit_together(features, labels, len(table.classes))
+    return fit_together(features, labels, len(table.classes), temperature=run.settings.assess.bridge.temperature)

@@ -131,6 +131,20 @@ def test_the_set_is_chosen_by_what_it_says_together():
     }
 
 
+def test_what_the_budget_forbids_takes_no_place_among_the_considered():
+    features, y = embeddings(noise=0.9)
+    named = dict(zip(("low", "high", "noise"), features, strict=True))
+
+    def together(members):
+        assert "low" not in members
+        return together_held_out([named[name] for name in members], y, CLASSES)
+
+    alone = {name: together_held_out([one], y, CLASSES) for name, one in named.items()}
+    sizes = {"low": 1000, "high": 10, "noise": 20}
+    found = select_set(alone, y, together=together, parameters=sizes, max_params=50, consider=1)
+    assert found.chosen == ("high",) and found.verdicts["low"].reason == "over budget"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.config import load_settings
 from pipeline.errors import ConfigError
+from pipeline.stages import select
+from pipeline.stages.speaking import _compact
 from pipeline.stages.together import choice_of
 from tests.tiny import make_settings
 
@@ -25,20 +28,41 @@ def test_together_unless_something_needs_each_teacher(tmp_path: Path) -> None:
         "distill.objective.hints={}",
         "distill.objective.concatenated={}",
         "distill.objective.relations={}",
+        "distill.objective.dropping={}",
         "assess.bridge.kind=prototype",
     ):
         assert choice(tmp_path, override) == "least_ambiguous", override
     assert choice(tmp_path, "assess.bridge.kind=prototype", "amalgamate.choice=together") == "together"
+    components = ("amalgamate.mode=components", "distill.objective.target={}", "amalgamate.choice=together")
+    assert choice(tmp_path, *components) != "together"  # it plays no part there, and is no mistake
 
 
 @pytest.mark.parametrize(
     ("override", "why"),
     [
         (NO_LABELS, "the task has no labels"),
-        ("distill.flow={}", "needs the logits, features or layers of each teacher"),
-        ("distill.objective.b_tuning={}", "needs the logits, features or layers of each teacher"),
+        ("distill.flow={}", "needs what each teacher says, or its layers"),
+        ("distill.objective.b_tuning={}", "needs what each teacher says, or its layers"),
     ],
 )
 def test_together_is_refused_where_it_can_not_be(tmp_path: Path, override: str, why: str) -> None:
     with pytest.raises(ConfigError, match=rf"amalgamate.choice: together can't be, .*{why}.*; set it to"):
         choice(tmp_path, override, "amalgamate.choice=together")
+
+
+def test_no_class_is_lost_where_fewer_images_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.cat([torch.zeros(500), torch.ones(3), torch.full((40,), 2)]).long()
+    monkeypatch.setattr(select, "_JUDGED", 60)
+    rows = select._judged(labels, 3, seed=0)
+    assert labels[rows].bincount().tolist() == [20, 3, 20] and len(rows.unique()) == 43
+    assert torch.equal(rows, select._judged(labels, 3, seed=0))
+    monkeypatch.setattr(select, "_JUDGED", 1)
+    assert labels[select._judged(labels, 3, seed=0)].bincount().tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1.0, torch.half), (1e5, torch.float32), (1e-7, torch.float32)])
+def test_features_of_any_size_keep_their_content(size: float, kept: torch.dtype) -> None:
+    features = size * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    stored = _compact(features)
+    assert stored.dtype == kept
+    torch.testing.assert_close(stored.float(), features, rtol=1e-3, atol=1e-4 * size)

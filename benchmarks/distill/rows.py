@@ -91,6 +91,7 @@ SUBTASK_ROWS: dict[str, dict[str, Any]] = {
     "concatenated": {"concatenated_heads": True},
 }
 NO_STUDENT = ("average_ensemble", "least_ambiguous_ensemble", "best_teacher")
+CONFIDENCE = True
 LABELLED = ("train_labelled", "probe", "validation")
 
 
@@ -264,7 +265,8 @@ class Case:
         p = view.distribution([self.features(name, *TAUGHT) for name in names]).half()
         _save(home / SPOKEN, {"p": p, "carried": p.clone()})
         speakers, ids = [Speaker("together", self.table.classes, 1.0, str(home))], self.taught.ids
-        Teaching.save(folder, ids=ids, speakers=speakers, costs=[view.bridge.M], shares=torch.ones(1, len(ids)))
+        shares = 1 - assign(p.float()[None]).ambiguity if CONFIDENCE else torch.ones(1, len(ids))
+        Teaching.save(folder, ids=ids, speakers=speakers, costs=[view.bridge.M], shares=shares)
         return str(folder)
 
     @property

@@ -11,13 +11,12 @@ from typing import Any
 import ray
 from pyarrow import fs
 from ray import cloudpickle, tune
-from ray._private import state
-from ray.core.generated import gcs_pb2
 from ray.tune.search import BasicVariantGenerator
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 
 from pipeline.cluster import session
 from pipeline.cluster.causes import one_line
+from pipeline.cluster.groups import own_groups
 from pipeline.cluster.launch import _check_room, fit_on_cluster
 from pipeline.cluster.many import FitJob, Result
 from pipeline.cluster.relay import Relay
@@ -188,37 +187,16 @@ class FleetCallback(DeliveryCallback):
         self._drivers = []
 
 
-def _orphans() -> tuple[list[PlacementGroup], int]:
-    """Return this job's placement groups whose creator has died, and how many there are whose creator has not.
+def _sweep() -> int:
+    """Remove this job's groups whose creator has died; return how many there are whose creator has not.
 
     Ray keeps a group that an actor made until the whole job ends.
     """
-    job = ray.get_runtime_context().get_job_id()
-    orphans, others = [], 0
-    table: Any = gcs_pb2
-    for data in state.state._connect_and_get_accessor().get_placement_group_table():
-        group = table.PlacementGroupTableData.FromString(data)
-        made_by_actor = any(byte != 0xFF for byte in group.creator_actor_id)
-        if (
-            group.creator_job_id.hex() != job
-            or not made_by_actor
-            or group.is_detached
-            or group.state == table.PlacementGroupTableData.PlacementGroupState.REMOVED
-        ):
-            continue
-        if group.creator_actor_dead:
-            orphans.append(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-        else:
-            others += 1
-    return orphans, others
-
-
-def _sweep() -> int:
-    """Remove the orphans; return how many groups may still become ones."""
-    orphans, others = _orphans()
+    made = [one for one in own_groups() if one.by_actor]
+    orphans = [one.group for one in made if one.orphaned]
     for group in orphans:
         remove_placement_group(group)
-    return others
+    return len(made) - len(orphans)
 
 
 def _sweep_until_clear() -> None:

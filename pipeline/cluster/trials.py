@@ -133,6 +133,7 @@ def _tune(
     with calm(verbose):
         from ray import cloudpickle, tune
         from ray.tune.search import BasicVariantGenerator
+        from ray.util.placement_group import remove_placement_group
 
         from pipeline.assessment.halving import Standing
         from pipeline.cluster.halving import HalvingScheduler, PausingGenerator
@@ -171,14 +172,24 @@ def _tune(
                 verbose=2 if verbose else 0,
             ),
         )
+        before = _made_here()
         try:
             tuner.fit()
         except BaseException:
+            # Tune keeps the room of a search that it did not end itself: what comes next would wait for it.
+            for group in _made_here() - before:
+                remove_placement_group(group)
             if callback.error is not None:
                 raise callback.error from None
             raise
         finally:
             _sweep(store)
+
+
+def _made_here() -> set[Any]:
+    from pipeline.cluster.groups import own_groups
+
+    return {one.group for one in own_groups() if not one.by_actor}
 
 
 def _sweep(store: CheckpointStore) -> None:

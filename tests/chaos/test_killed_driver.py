@@ -18,7 +18,7 @@ import pytest
 from pipeline.engine.checkpoint import CheckpointStore
 from tests.tiny import make_data, make_settings, make_zoo
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 
 def start(settings: Path) -> subprocess.Popen[str]:
@@ -31,21 +31,23 @@ def start(settings: Path) -> subprocess.Popen[str]:
     )
 
 
-def kill_when(settings: Path, reached: Callable[[], bool], limit: float = 120) -> list[psutil.Process]:
+def kill_when(settings: Path, reached: Callable[[], bool], limit: float = 200) -> list[psutil.Process]:
     """Start a run, kill its driver with SIGKILL once a point is reached; return the processes it had started."""
     process = start(settings)
     driver = psutil.Process(process.pid)
     deadline = time.monotonic() + limit
-    while not reached():
-        assert process.poll() is None, f"ended before the point: {process.communicate()[0]}"
-        assert time.monotonic() < deadline, "the point was not reached"
-        time.sleep(0.02)
-    children = driver.children(recursive=True)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    with contextlib.suppress(Exception):
-        process.communicate(timeout=5)
-    return children
+    try:
+        while not reached():
+            assert process.poll() is None, f"ended before the point: {process.communicate()[0]}"
+            assert time.monotonic() < deadline, "the point was not reached"
+            time.sleep(0.02)
+        return driver.children(recursive=True)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with contextlib.suppress(Exception):
+            process.communicate(timeout=5)
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:

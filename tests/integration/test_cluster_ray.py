@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from torch import nn
 
@@ -126,6 +127,12 @@ def test_an_error_of_the_caller_stays_itself(cluster, tmp_path):
 
     with pytest.raises(LookupError, match="no room for a"):
         run_trials(assess, [TrialItem("a", ("plain", 0))], storage=tmp_path, experiment="e", on_result=refuse)
+    # Its room is free again: a training that needs all of it would wait for ever.
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources().get("CPU") == 2
+    assert all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
 
 
 def climb(payload, rung, shared):

@@ -73,7 +73,7 @@ def test_every_part_is_found_by_its_name_and_trains(name: str) -> None:
     parts["loss"].backward()
     for parameter in objective.parameters():
         assert parameter.grad is not None
-    assert wants(spec) <= {"said", "said.logits", "said.features", "live", "features", "taps", "labelled"}
+    assert wants(spec) <= {"said", "said.each", "said.logits", "said.features", "live", "features", "taps", "labelled"}
 
 
 @pytest.mark.parametrize("name", NAMES)

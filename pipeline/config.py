@@ -198,7 +198,7 @@ class AmalgamateSettings(StrictModel):
     by_gain: bool = Field(
         False, description="with least_ambiguous, a teacher's certainty counts as much as its transport gain"
     )
-    confidence: bool = Field(False, description="an image counts as much as its teacher is sure of it")
+    confidence: bool = Field(True, description="an image counts as much as its teacher is sure of it")
     components: ComponentSettings = ComponentSettings()
     batch_size: int = Field(256, ge=1)
     resources: TrialResources = TrialResources()

@@ -91,7 +91,6 @@ SUBTASK_ROWS: dict[str, dict[str, Any]] = {
     "concatenated": {"concatenated_heads": True},
 }
 NO_STUDENT = ("average_ensemble", "least_ambiguous_ensemble", "best_teacher")
-CONFIDENCE = True
 LABELLED = ("train_labelled", "probe", "validation")
 
 
@@ -238,20 +237,22 @@ class Case:
             _save(home / SPOKEN, {"p": p.half(), "carried": self.bridge(name, kind).carry(p).half()})
         return Speaker(name, self.classes_of(name), self.gain(name, kind) if self.setting.labels else 1.0, str(home))
 
-    def teaching(self, row: str, names: Sequence[str], choice: str, kind: str) -> str:
+    def teaching(self, row: str, names: Sequence[str], choice: str, kind: str, confidence: bool) -> str:
         """Share the taught images among teachers, or let them teach together, as the stage amalgamate does."""
         if choice == "together":
             return self.taught_together(row, names)
         speakers = [self.speaker(name, kind) for name in names]
         carried = torch.stack([load_file(Path(one.folder) / SPOKEN)["carried"].float() for one in speakers])
         carried /= carried.sum(-1, keepdim=True)
-        shares = torch.zeros(len(names), len(self.taught))
+        found, shares = assign(carried), torch.zeros(len(names), len(self.taught))
         if choice == "least_ambiguous":
-            shares[assign(carried).teacher, torch.arange(len(self.taught))] = 1
+            shares[found.teacher, torch.arange(len(self.taught))] = 1
         else:
             gains = [one.gain for one in speakers]
             weights = torch.tensor(gains if choice == "gain" and max(gains) > 0 else [1.0] * len(names))
             shares += (weights / weights.sum())[:, None]
+        if confidence:
+            shares *= 1 - found.ambiguity
         folder = self.home / f"teaching-{row}"
         costs = [self.bridge(name, kind).M for name in names]
         Teaching.save(folder, ids=self.taught.ids, speakers=speakers, costs=costs, shares=shares)
@@ -265,7 +266,7 @@ class Case:
         p = view.distribution([self.features(name, *TAUGHT) for name in names]).half()
         _save(home / SPOKEN, {"p": p, "carried": p.clone()})
         speakers, ids = [Speaker("together", self.table.classes, 1.0, str(home))], self.taught.ids
-        shares = 1 - assign(p.float()[None]).ambiguity if CONFIDENCE else torch.ones(1, len(ids))
+        shares = 1 - assign(p.float()[None]).ambiguity
         Teaching.save(folder, ids=ids, speakers=speakers, costs=[view.bridge.M], shares=shares)
         return str(folder)
 
@@ -332,7 +333,9 @@ def _student(case: Case, row: str) -> dict[str, Any]:
             names = [name for name in names if not name.startswith("imagenet")] or names
             about = {"teachers": names}
         kind = recipe.get("bridge", "centres")
-        teaching = case.teaching(row, names, recipe.get("choice", "together"), kind)
+        # As published, a method counts all images alike; the default and what it is taken apart into do not.
+        confidence = objective == ObjectiveSpec()
+        teaching = case.teaching(row, names, recipe.get("choice", "together"), kind, confidence)
         arm = Arm(row, case.seed, str(folder), teaching, objective=objective, flow=flow)
     _train(case, arm, {name: Reference(case.zoo[name]) for name in names})
     return _judged(case, folder) | about

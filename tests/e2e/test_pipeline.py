@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluate={"seeds": 2, "controls": ["no_teacher"]},
         distill={
             "student": {"name": "small_cnn", "kwargs": {"width": 8}},
-            "loop": {"epochs": 3, "batch_size": 32, "labelled_batch": 16},
+            "loop": {"epochs": 10, "batch_size": 32, "labelled_batch": 16},
             "augment": {"shift": 1},
             "resources": {"num_workers": 2},
         },

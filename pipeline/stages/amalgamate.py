@@ -106,7 +106,10 @@ def teaching_by(run: Run, kind: str, names: Sequence[str], **how: Any) -> tuple[
     how["choice"] = how.get("choice") or choice_of(run.settings)
     raw = needs_raw(run) or how.pop("raw", False) or how["choice"] == "together"
     speak(run, names, raw=raw)
-    folder = run.part("controls", kind, {"spoken": [spoken(run, name).name for name in names], **how, "raw": raw})
+    settings = run.settings.amalgamate
+    weighted = {"by_gain": settings.by_gain, "confidence": settings.confidence}
+    keyed = {"spoken": [spoken(run, name).name for name in names], **how, **weighted, "raw": raw}
+    folder = run.part("controls", kind, keyed)
     return folder, teach(run, names, folder, raw=raw, **how)
 
 

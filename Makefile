@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up all they need; only python3, make and a package index are assumed.
-.PHONY: setup demo test lint format lock clean bench-demo bench-transport bench-ranking bench-ranking-build bench-assess bench-distill
+.PHONY: setup demo test lint format lock clean bench-demo bench-transport bench-ranking bench-ranking-build bench-assess bench-distill bench-training bench-scaling
 .DELETE_ON_ERROR:
 
 UV_VERSION := 0.13.8
@@ -55,6 +55,14 @@ bench-distill: $(STAMP)
 	@$(BIN)/python -m benchmarks.distill build --work $(or $(WORK),runs/bench-distill)
 	@$(BIN)/python -m benchmarks.distill run --work $(or $(WORK),runs/bench-distill)
 	@$(BIN)/python -m benchmarks.distill report --work $(or $(WORK),runs/bench-distill)
+
+# The peer needs none of its own dependencies beside ours, and would bring another torch along.
+bench-training: $(STAMP)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target runs/peers --no-deps torchdistill==1.1.5
+	@PYTHONPATH=runs/peers $(BIN)/python -m benchmarks.training $(ARGS)
+
+bench-scaling: $(STAMP)
+	@$(BIN)/python -m benchmarks.scaling $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

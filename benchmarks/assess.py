@@ -150,7 +150,7 @@ def overhead(folder: Path) -> tuple[list[dict[str, Any]], float]:
     ratios, starts, rates = [], [], []
     for repeat in range(REPEATS):
         run_dir = folder / "overhead" / f"run{repeat}"
-        settings = load_settings([file], [f"run_dir={run_dir}"])
+        settings = load_settings([file], [f"run_dir={run_dir}", f"cache.path={run_dir / 'outputs'}"])
         run_pipeline(settings, until="ingest", display=Display())
         timed = time_stage(settings)
         table = next(run_dir.glob("ingest/*/images.arrow")).parent
@@ -226,7 +226,8 @@ def search(folder: Path) -> tuple[list[dict[str, Any]], float, float]:
     for name, least in (("search", 16), ("all", 10_000)):
         run_dir = folder / "search" / name
         settings = load_settings(
-            [ROOT / "conf" / "demo" / "run.yaml"], [*common, f"run_dir={run_dir}", f"assess.search.least={least}"]
+            [ROOT / "conf" / "demo" / "run.yaml"],
+            [*common, f"run_dir={run_dir}", f"cache.path={run_dir / 'outputs'}", f"assess.search.least={least}"],
         )
         run_pipeline(settings, until="ingest", display=Display())
         began = time.perf_counter()

@@ -28,7 +28,8 @@ COLUMNS = {
 def measure(split: int, folder: Path) -> dict[str, Any]:
     """Run the demo with another seed: other splits, other initial weights."""
     run_dir = folder / f"seed{split}"
-    settings = load_settings([ROOT / "conf" / "demo" / "run.yaml"], [f"seed={split}", f"run_dir={run_dir}"])
+    overrides = [f"seed={split}", f"run_dir={run_dir}", f"cache.path={run_dir / 'outputs'}"]
+    settings = load_settings([ROOT / "conf" / "demo" / "run.yaml"], overrides)
     records = run_pipeline(settings)
     evaluation = next((run_dir / "evaluate").glob("*/evaluation.json"))
     arms = {arm["name"]: arm for arm in json.loads(evaluation.read_text(encoding="utf-8"))["arms"]}

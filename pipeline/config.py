@@ -10,10 +10,11 @@ import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from pipeline.cache.spec import CacheSpec
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.data.spec import AugmentSpec, ImageSpec, SourceSpec, SplitSpec
 from pipeline.engine.objective_spec import ComponentPart, FlowSpec, ObjectiveSpec
@@ -193,7 +194,7 @@ class AmalgamateSettings(StrictModel):
         None,
         description="who teaches an image: all, by one view of the task from their joined embeddings (ours); the "
         "teacher that is surest of it; all, by their transport gain; all alike; one drawn by lot; null: together, or "
-        "least_ambiguous where there are no labels, the loss needs each teacher, or the bridge is not centres",
+        "least_ambiguous where the loss needs each teacher, or labels carry them over by another bridge than centres",
     )
     by_gain: bool = Field(
         False, description="with least_ambiguous, a teacher's certainty counts as much as its transport gain"
@@ -204,13 +205,33 @@ class AmalgamateSettings(StrictModel):
     resources: TrialResources = TrialResources()
 
 
+Workers = Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
 class TrainResources(StrictModel):
     """What a training run takes of the cluster. Not part of a stage's key."""
 
-    num_workers: int = Field(1, ge=0, description="data-parallel workers; 0 trains in this process, without Ray")
+    num_workers: Workers = Field(
+        1,
+        description="data-parallel workers; 0 trains in this process, without Ray; [min, max] takes as many as the "
+        "cluster has room for and goes on with fewer or more when nodes go or come",
+    )
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
     max_failures: int = Field(2, ge=0, description="restarts from the last checkpoint after a lost worker")
+
+    @field_validator("num_workers")
+    @classmethod
+    def _rising(cls, workers: Workers) -> Workers:
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(f"[min, max] must rise, got {list(workers)}")
+        return workers
+
+    @property
+    def counts(self) -> range:
+        """How many workers there may be."""
+        least, most = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers,) * 2
+        return range(least, most + 1)
 
 
 class DistillSettings(StrictModel):
@@ -259,6 +280,7 @@ class Settings(StrictModel):
     registration: RegisterSpec = Field(RegisterSpec(), alias="register")
     tracking: TrackingSpec = TrackingSpec()
     cluster: ClusterSpec = ClusterSpec()
+    cache: CacheSpec = CacheSpec()
 
     @model_validator(mode="before")
     @classmethod
@@ -271,14 +293,17 @@ class Settings(StrictModel):
     def _consistent(self) -> Settings:
         if "://" in self.run_dir:
             raise ValueError(f"run_dir {self.run_dir} is a URI; a run folder must be a path that every worker sees")
-        workers = max(self.distill.resources.num_workers, 1)
         loops = {"distill.loop": self.distill.loop, "amalgamate.components.loop": self.amalgamate.components.loop}
         for section, loop in loops.items():
+            counts = self.distill.resources.counts
+            workers = max(counts[-1], 1)
             for field in ("batch_size", "labelled_batch"):
-                if loop is not None and getattr(loop, field) % workers:
+                # With a number of workers that changes shares differ by an image now and then; that can't be helped.
+                size = workers if loop is None else getattr(loop, field)
+                if size < workers or (len(counts) == 1 and size % workers):
                     raise ValueError(
-                        f"{section}.{field}={getattr(loop, field)} can't be shared among "
-                        f"distill.resources.num_workers={workers}; make it a multiple"
+                        f"{section}.{field}={size} can't be shared among distill.resources.num_workers={workers}; "
+                        "make it a multiple"
                     )
         self._consistent_objective()
         return self

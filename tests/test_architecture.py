@@ -12,6 +12,7 @@ PURE = ("transport", "assessment", "amalgamation", "distillation")
 # A room may import itself and the rooms named here.
 ALLOWED = {
     "transport": set(),
+    "cache": set(),
     "assessment": {"transport", "amalgamation"},
     "amalgamation": {"transport"},
     "distillation": {"transport", "amalgamation"},

@@ -16,7 +16,7 @@ from benchmarks.distill import teachers as built
 from benchmarks.distill.world import Setting
 from pipeline.amalgamation.ambiguity import assign
 from pipeline.amalgamation.subtasks import SubTask
-from pipeline.amalgamation.together import Together, fit_together, together_held_out
+from pipeline.amalgamation.together import Together, fit_together, pseudo_labels, together_held_out
 from pipeline.assessment.selection import select_set
 from pipeline.distillation.step import Head
 from pipeline.engine.arms import TAUGHT
@@ -142,10 +142,15 @@ class Case:
         return torch.cat(parts)
 
     def together(self, names: Sequence[str]) -> Together:
-        """Return the view of a set of teachers."""
-        labelled = self.table.split("train_labelled")
-        features = [self.features(name, "train_labelled") for name in names]
-        return fit_together(features, labelled.labels, len(self.table.classes))
+        """Return the view of a set of teachers; without labels by those that the teachers give the taught images."""
+        if self.setting.labels:
+            labels, splits = self.table.split("train_labelled").labels, ("train_labelled",)
+        else:
+            said = [self.bridge(name).distribution(*self.outputs(name).of(self.taught.ids)) for name in names]
+            carried = [self.bridge(name).carry(one) for name, one in zip(names, said, strict=True)]
+            labels, splits = pseudo_labels(torch.stack(carried)), TAUGHT
+        features = [self.features(name, *splits) for name in names]
+        return fit_together(features, labels, len(self.table.classes))
 
     def gain(self, name: str, kind: str = "centres") -> float:
         """Return a teacher's transport gain on the probe."""

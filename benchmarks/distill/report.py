@@ -81,9 +81,10 @@ def judged(values: Values) -> list[dict[str, Any]]:
         name = f"{setting}: default ahead of every control and baseline, least lead less 2 SE ({closest})"
         found.append(goal(name, least, 0.0, "points"))
     for setting in WITHOUT:
-        for row in ("best_teacher", "concatenated", "average_ensemble"):
-            gap, _ = lead(values[setting, "aka"], values[setting, row])
-            found.append(goal(f"{setting}: AKA against {row}", gap, 0.0, "points"))
+        for method in ("aka", "faculty") if (setting, "faculty") in values else ("aka",):
+            for row in ("best_teacher", "concatenated", "average_ensemble"):
+                gap, _ = lead(values[setting, method], values[setting, row])
+                found.append(goal(f"{setting}: {method} against {row}", gap, 0.0, "points"))
     ahead = sum(
         all(lead(values[setting, "knowledge_flow"], values[setting, row])[0] > 0 for row in ("finetune", "kd"))
         for setting in LABELLED

@@ -70,9 +70,11 @@ LABELLED_ROWS: dict[str, dict[str, Any]] = {
     "relations": {"choice": "average", "objective": objective_of(**LABELS, relations={})},
     "irrelevant": {"teachers": "irrelevant", "objective": ObjectiveSpec()},
 }
+UNLABELLED = objective_of(transport={}, kd={})
 UNLABELLED_ROWS: dict[str, dict[str, Any]] = {
+    "faculty": {"objective": UNLABELLED},
     "aka": {"components": True},
-    "direct": {"choice": "least_ambiguous", "objective": objective_of(transport={}, kd={})},
+    "direct": {"choice": "least_ambiguous", "objective": UNLABELLED},
     "concatenated": {"choice": "average", "objective": objective_of(concatenated={"head": "classes"})},
     "average": {"choice": "average", "objective": objective_of(kd={})},
 }
@@ -89,7 +91,7 @@ def rows_of(setting: Setting) -> list[str]:
         return [*SUBTASK_ROWS, *NO_STUDENT]
     if setting.labels:
         return [*LABELLED_ROWS, *NO_STUDENT, "together"]
-    return [*UNLABELLED_ROWS, *NO_STUDENT]
+    return [*UNLABELLED_ROWS, *NO_STUDENT, "together"]
 
 
 def run_row(job: tuple[str, str, int, str]) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _student(case: Case, row: str) -> dict[str, Any]:
             about = {"teachers": names}
         kind = recipe.get("bridge", "centres")
         # As published, a method counts all images alike; the default and what it is taken apart into do not.
-        confidence = objective == ObjectiveSpec()
+        confidence = objective in (ObjectiveSpec(), UNLABELLED)
         teaching = case.teaching(row, names, recipe.get("choice", "together"), kind, confidence)
         arm = Arm(row, case.seed, str(folder), teaching, objective=objective, flow=flow)
     _train(case, arm, {name: Reference(case.zoo[name]) for name in names})
@@ -172,7 +174,7 @@ def _train(case: Case, arm: Arm, live: dict[str, Reference], **changes: Any) -> 
     shift, flip = AUGMENT[case.setting.source]
     fields: dict[str, Any] = {
         "student": STUDENT,
-        "loop": LOOP,
+        "loop": LOOP.model_copy(update={"epochs": case.setting.epochs}),
         "objective": arm.objective or ObjectiveSpec(),
         "heads": case.heads,
         "classes": tuple(name for one in case.subtasks for name in one.qualified),
@@ -201,7 +203,7 @@ def _amalgamated(case: Case, row: str, folder: Path) -> Path:
     components: dict[str, Path] = {}
     for subtask in case.subtasks:
         size = len(subtask.classes)
-        if setting.labels:
+        if not setting.subtasks:
             speakers = [case.speaker(name, "centres") for name in names]
             carried = torch.stack([load_file(Path(one.folder) / SPOKEN)["carried"].float() for one in speakers])
             teacher = assign(carried / carried.sum(-1, keepdim=True)).teacher
@@ -221,7 +223,7 @@ def _amalgamated(case: Case, row: str, folder: Path) -> Path:
         Teaching.save(teaching, ids=ids, speakers=speakers, costs=[1 - torch.eye(size)] * len(speakers), shares=shares)
         name = f"component-{subtask.name}"
         components[name] = folder / name
-        objective = objective_of(component={"soft": 1, "view": "carried" if setting.labels else "classes"})
+        objective = objective_of(component={"soft": 1, "view": "classes" if setting.subtasks else "carried"})
         arm = Arm(name, case.seed, str(components[name]), str(teaching), objective=objective)
         live = {one.name: Reference(case.zoo[one.name]) for one in speakers}
         _train(case, arm, live, classes=subtask.qualified, heads=())

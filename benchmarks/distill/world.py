@@ -202,6 +202,9 @@ class Setting:
         Of splits and trainings.
     subtasks : tuple of Subtask
         What the student learns instead of the images' own classes; empty: these.
+    epochs : int
+        Of every student. More where there are no labels: without labelled batches a step holds fewer images, and an
+        epoch fewer steps.
     """
 
     name: str
@@ -216,6 +219,7 @@ class Setting:
     test: int = 200
     seeds: tuple[int, ...] = (0, 1, 2)
     subtasks: tuple[Subtask, ...] = ()
+    epochs: int = 20
 
     @property
     def splits(self) -> SplitSpec:
@@ -239,6 +243,7 @@ def _setting(
     unlabelled: int = 2500,
     test: int = 200,
     subtasks: tuple[Subtask, ...] = (),
+    epochs: int = 20,
 ) -> Setting:
     return Setting(
         name,
@@ -250,6 +255,7 @@ def _setting(
         unlabelled=unlabelled,
         test=test,
         subtasks=subtasks,
+        epochs=epochs,
     )
 
 
@@ -271,12 +277,13 @@ SETTINGS = {
         # 1,797 images in all, 174 of the rarest digit.
         _setting("mnist_to_digits", OPTICAL, _MNIST, ("shoes", "tops"), labels=10, unlabelled=950, test=60),
         _setting("digits_to_mnist", "mnist", _OPTICAL, ("shoes", "tops"), labels=10),
-        _setting("halves", "fashion", ("first_half", "second_half")),
+        _setting("halves", "fashion", ("first_half", "second_half"), epochs=60),
         _setting(
             "multitask",
             "fashion",
             (*PLACE.teachers, *SEASON.teachers, "place_and_season"),
             subtasks=(PLACE, SEASON),
+            epochs=60,
         ),
     )
 }

@@ -83,6 +83,38 @@ def fit_together(
     return Together(origins, scales, bridge)
 
 
+def pseudo_labels(said: Tensor) -> Tensor:
+    """Return the labels that teachers give images by their average, for a view of a task without labels.
+
+    y_b = argmax_c p̄_bc with p̄ = 1/T Σ_t p_t. Teachers that know different classes each miss the others'; the centres
+    that such labels give in all their embeddings tell these classes apart better than the average does. A class that no
+    image gets has the image with the largest p̄ of it, so that no class is lost.
+
+    Parameters
+    ----------
+    said : (T, N, C_s) tensor
+        What each teacher says, carried to the task's classes.
+
+    Raises
+    ------
+    ValueError
+        For fewer images than classes, or another shape.
+    """
+    if said.ndim != 3 or said.shape[1] < said.shape[2]:
+        raise ValueError(f"said must be (T, N, C_s) with at least C_s images, got {tuple(said.shape)}")
+    mean = said.mean(0)
+    labels = mean.argmax(1)
+    counts = torch.bincount(labels, minlength=mean.shape[1])
+    for missing in torch.nonzero(counts == 0)[:, 0].tolist():
+        # Not from a class that has no other image.
+        spare = counts[labels] > 1
+        row = int(torch.where(spare, mean[:, missing], -1.0).argmax())
+        counts[labels[row]] -= 1
+        labels[row] = missing
+        counts[missing] = 1
+    return labels
+
+
 def together_held_out(features: Sequence[Tensor], labels: Tensor, num_classes: int) -> Tensor:
     """Return what a set says of labelled samples that its view was not fitted on, (N, C_s).
 

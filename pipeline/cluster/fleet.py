@@ -12,12 +12,11 @@ import ray
 from pyarrow import fs
 from ray import cloudpickle, tune
 from ray.tune.search import BasicVariantGenerator
-from ray.util.placement_group import remove_placement_group
 
 from pipeline.cluster import session
 from pipeline.cluster.causes import one_line
-from pipeline.cluster.groups import own_groups
-from pipeline.cluster.launch import _check_room, fit_on_cluster
+from pipeline.cluster.inline import bounds
+from pipeline.cluster.launch import check_room, fit_on_cluster, sweep
 from pipeline.cluster.many import FitJob, Result
 from pipeline.cluster.relay import Relay
 from pipeline.cluster.spec import ClusterSpec
@@ -35,7 +34,7 @@ def fit_side_by_side(
     loop: Callable[[Any, Any], None],
     jobs: Sequence[FitJob],
     *,
-    num_workers: int,
+    num_workers: int | tuple[int, int],
     storage: str,
     use_gpu: bool,
     resources_per_worker: dict[str, float] | None,
@@ -46,9 +45,10 @@ def fit_side_by_side(
 ) -> list[Result]:
     """Train on Ray workers; see :func:`pipeline.cluster.many.fit_many`."""
     each = dict(resources_per_worker or {"CPU": 1}) | ({"GPU": 1} if use_gpu else {})
-    _check_room(num_workers, each)
+    fewest, most = bounds(num_workers)
+    check_room(fewest, each)
     room = 1024 if session.active().autoscaling else session.slots(each)
-    concurrent = min(len(jobs), max_concurrent or len(jobs), max(1, room // num_workers))
+    concurrent = min(len(jobs), max_concurrent or len(jobs), max(1, room // most))
     results: dict[str, Result] = {}
 
     def deliver(name: str, row: Row) -> None:
@@ -160,7 +160,7 @@ class FleetCallback(DeliveryCallback):
         self.hand_on()
         if time.monotonic() - self._swept > _SWEEP_S:
             # Else the workers of a trial that is tried again would wait for those it lost.
-            _sweep()
+            sweep()
             self._swept = time.monotonic()
 
     def hand_on(self) -> None:
@@ -187,20 +187,8 @@ class FleetCallback(DeliveryCallback):
         self._drivers = []
 
 
-def _sweep() -> int:
-    """Remove this job's groups whose creator has died; return how many there are whose creator has not.
-
-    Ray keeps a group that an actor made until the whole job ends.
-    """
-    made = [one for one in own_groups() if one.by_actor]
-    orphans = [one.group for one in made if one.orphaned]
-    for group in orphans:
-        remove_placement_group(group)
-    return len(made) - len(orphans)
-
-
 def _sweep_until_clear() -> None:
     """After the drivers were killed: wait until their runs are gone, so that what comes next finds the room."""
     deadline = time.monotonic() + _ABORT_S
-    while _sweep() and time.monotonic() < deadline:
+    while sweep() and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -7,9 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cluster.causes import one_line
+from pipeline.cluster.causes import (
+    forget_failures,
+    is_memory,
+    memory_failures,
+    note_memory_failure,
+    storage_of,
+    training_line,
+    write_log,
+)
 from pipeline.engine.checkpoint import KEPT, CheckpointStore
-from pipeline.errors import FacultyError, StageError
+from pipeline.errors import ConfigError, FacultyError, Interrupted, StageError
 
 if TYPE_CHECKING:
     from pipeline.engine.context import WorkerContext
@@ -33,6 +41,24 @@ class FitOutcome:
     checkpoint: str | None
 
 
+def bounds(num_workers: int | tuple[int, int]) -> tuple[int, int]:
+    """Return the fewest and the most workers.
+
+    Raises
+    ------
+    ConfigError
+        When they are negative, out of order, or none is the fewest of several.
+    """
+    if isinstance(num_workers, int):
+        if num_workers < 0:
+            raise ConfigError(f"num_workers must be >= 0, got {num_workers}")
+        return num_workers, num_workers
+    fewest, most = num_workers
+    if not 1 <= fewest <= most:
+        raise ConfigError(f"num_workers must be (fewest, most) with 1 <= fewest <= most, got {num_workers}")
+    return fewest, most
+
+
 def fit_inline(
     loop: Loop,
     payload: Any,
@@ -40,6 +66,7 @@ def fit_inline(
     storage: str,
     name: str,
     on_report: Callable[[dict[str, Any]], None] | None = None,
+    on_term: bool = False,
 ) -> FitOutcome:
     """Train in this process; the parameters are those of :func:`pipeline.cluster.train.fit`.
 
@@ -47,19 +74,30 @@ def fit_inline(
     ------
     StageError
         When the loop raises; the traceback lies in ``error.log`` beside the checkpoints.
+    Interrupted
+        With `on_term`, when SIGTERM has come.
     """
     from pipeline.engine.context import LocalContext
 
     store = CheckpointStore(storage, name)
-    store.tidy(KEPT)
-    context = LocalContext(store, on_report)
+    with storage_of(store):
+        store.tidy(KEPT)
+        times = memory_failures(store)
+        context = LocalContext(store, on_report, memory_failures=times, on_term=on_term)
     try:
-        loop(context, payload)
+        with context:
+            loop(context, payload)
     except FacultyError:
         raise
     except Exception as error:
-        log = store.write("error.log", traceback.format_exc().encode())
-        raise StageError(f"training {name!r} failed: {one_line(error)} (traceback in {log})") from error
-    newest = store.newest()
+        if is_memory(error):
+            note_memory_failure(store, times + 1)
+        log = write_log(store, traceback.format_exc())
+        raise StageError(f"training {name!r} failed: {training_line(error)} ({log})") from error
+    forget_failures(store)
+    if context.leaving():
+        raise Interrupted("ended by SIGTERM when the training was done; the same call finds it done")
+    with storage_of(store):
+        newest = store.newest()
     metrics = context.last if context.last is not None else newest.metrics if newest else {}
     return FitOutcome(metrics, store.path(newest.name) if newest else None)

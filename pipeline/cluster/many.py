@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.causes import one_line
-from pipeline.cluster.inline import FitOutcome, fit_inline
-from pipeline.errors import ConfigError, FacultyError
+from pipeline.cluster.inline import FitOutcome, bounds, fit_inline
+from pipeline.errors import FacultyError, Interrupted
 
 if TYPE_CHECKING:
     from pipeline.cluster.inline import Loop
@@ -38,13 +38,14 @@ def fit_many(
     loop: Loop,
     jobs: Sequence[FitJob],
     *,
-    num_workers: int,
+    num_workers: int | tuple[int, int],
     storage: str,
     use_gpu: bool = False,
     resources_per_worker: dict[str, float] | None = None,
     max_concurrent: int | None = None,
     max_failures: int = 0,
     on_report: Callable[[str, dict[str, Any]], None] | None = None,
+    on_term: bool = False,
     verbose: bool = False,
 ) -> list[Result]:
     """Run a training loop once for every job, each run as :func:`pipeline.cluster.train.fit` does it.
@@ -59,8 +60,9 @@ def fit_many(
         ``loop(context, payload)``, importable by name on the workers.
     jobs : sequence of FitJob
         The runs.
-    num_workers : int
-        Of each run. 0 trains one job after the other in this process, without a cluster.
+    num_workers : int or (int, int)
+        Of each run, or the fewest and the most; the most count for how many runs fit side by side. 0 trains one job
+        after the other in this process, without a cluster.
     storage : str
         A folder or URI that every worker reaches. A job continues from the newest whole checkpoint of its folder in it;
         one that had ended before ends at once, with that checkpoint's metrics.
@@ -73,6 +75,9 @@ def fit_many(
     on_report : callable, optional
         ``on_report(name, metrics)`` in this thread while training goes on. If it raises, all runs end, and what it
         raised reaches the caller.
+    on_term : bool
+        Without a cluster: take SIGTERM as a notice, see :class:`pipeline.engine.context.LocalContext`. It ends the
+        whole call; the same call continues.
     verbose : bool
         Show Tune's progress table; put whole tracebacks into the errors.
 
@@ -84,19 +89,20 @@ def fit_many(
     Raises
     ------
     ConfigError
-        When `num_workers` is negative.
+        When `num_workers` is negative, or no range.
+    Interrupted
+        With `on_term`, when SIGTERM has come.
     UserError
         When the cluster can't hold the workers of a single job; nothing has been started.
     ValueError
         When two jobs have one name.
     """
-    if num_workers < 0:
-        raise ConfigError(f"num_workers must be >= 0, got {num_workers}")
+    bounds(num_workers)
     names = [job.name for job in jobs]
     if len(set(names)) != len(names):
         raise ValueError(f"job names must be unique, got {sorted({n for n in names if names.count(n) > 1})} twice")
     if num_workers == 0:
-        return [_fit_here(loop, job, storage, on_report) for job in jobs]
+        return [_fit_here(loop, job, storage, on_report, on_term) for job in jobs]
     if not jobs:
         return []
     from pipeline.cluster.fleet import fit_side_by_side
@@ -115,7 +121,13 @@ def fit_many(
     )
 
 
-def _fit_here(loop: Loop, job: FitJob, storage: str, on_report: Callable[[str, dict[str, Any]], None] | None) -> Result:
+def _fit_here(
+    loop: Loop,
+    job: FitJob,
+    storage: str,
+    on_report: Callable[[str, dict[str, Any]], None] | None,
+    on_term: bool,
+) -> Result:
     refused: list[Exception] = []
 
     def tell(metrics: dict[str, Any]) -> None:
@@ -128,7 +140,10 @@ def _fit_here(loop: Loop, job: FitJob, storage: str, on_report: Callable[[str, d
             raise
 
     try:
-        return fit_inline(loop, job.payload, storage=storage, name=job.name, on_report=tell), None
+        outcome = fit_inline(loop, job.payload, storage=storage, name=job.name, on_report=tell, on_term=on_term)
+        return outcome, None
+    except Interrupted:
+        raise
     except FacultyError as error:
         if refused:
             raise refused[0] from None

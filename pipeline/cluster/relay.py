@@ -12,9 +12,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 Message = tuple[str, Any]
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class RelayActor:
-    """Holds messages until the driver fetches them."""
+    """Holds messages until the driver fetches them; where its process is killed, Ray starts an empty one."""
 
     def __init__(self) -> None:
         self._messages: list[bytes] = []
@@ -32,12 +32,14 @@ class RelayActor:
 class Relay:
     """A line from controller and workers to the driver; it travels by pickle.
 
-    A lost line never fails the work: messages are then dropped.
+    A lost line never fails the work: messages are then dropped. Where its process is killed, those are lost that the
+    driver had not fetched, and the line goes on with the next one.
     """
 
     def __init__(self) -> None:
-        # Beside the driver: a worker's node that dies then takes no message along.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # Beside the driver: a worker's node that dies then takes no message along. Hard: Ray puts an actor that asks
+        # for nothing on any node, whatever it softly prefers.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._actor = RelayActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
     def push(self, kind: str, data: Any) -> None:

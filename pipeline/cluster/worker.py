@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 from ray import train
+from ray._private.ray_constants import env_bool
+from ray.train import collective
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.cluster.causes import one_line
-from pipeline.engine.checkpoint import CheckpointStore, index_of, new_name, plain, write_manifest
+from pipeline.cluster.causes import is_memory, memory_failures, note_memory_failure, told_attempt, training_line
+from pipeline.engine.checkpoint import CheckpointStore, index_of, plain
+from pipeline.engine.context import store_checkpoint, take_over
 from pipeline.errors import StageError
 
 if TYPE_CHECKING:
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
 
 # These may pass when tried again (a peer died, the network or the memory was short); anything else would only repeat.
 RETRIED = (RuntimeError, OSError, MemoryError)
+# How long a worker that fails waits for its last checkpoint.
+_LAST_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,6 @@ class Job:
         What to run, and on what.
     storage, name : str
         Where the run's checkpoints lie.
-    first : str or None
-        The checkpoint to continue from that an earlier driver left.
     relay : Relay
         The line to the driver.
     """
@@ -48,7 +53,6 @@ class Job:
     payload: Any
     storage: str
     name: str
-    first: str | None
     relay: Relay
 
 
@@ -61,10 +65,19 @@ class RayContext:
         self.world_size: int = context.get_world_size()
         self.device = _device()
         self._store = CheckpointStore(job.storage, job.name)
-        # Ray knows the checkpoints of this driver; before its first one, an earlier driver's newest counts.
-        own = train.get_checkpoint()
-        self._restored = PurePosixPath(own.path).name if own is not None else job.first
+        self._relay = job.relay
+        start: tuple[str | None, int, int] | None = None
+        if self.rank == 0:
+            # Not Ray's list of checkpoints: it begins anew with each driver, and lacks one that was stored a moment
+            # before a worker died.
+            newest = self._store.newest()
+            start = (newest.name if newest else None, told_attempt(), memory_failures(self._store))
+        self._restored, self.attempt, self.memory_failures = collective.broadcast_from_rank_zero(start)
+        self.last_failure = "memory" if self.memory_failures else None
         self._next = (index_of(self._restored) or 0) + 1 if self._restored else 0
+        self._stored = Event()  # no checkpoint is on its way
+        self._stored.set()
+        self.refused: Exception | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move the module to the device; wrap it where several workers train it (frozen ones have nothing to share)."""
@@ -75,16 +88,44 @@ class RayContext:
         return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=False)
 
     def report(self, metrics: dict[str, float], checkpoint: Path | None = None) -> None:
-        """Report; rank 0's checkpoint is copied to the storage before the call returns."""
+        """Tell the driver; rank 0's checkpoint is copied to the storage while the loop goes on."""
         metrics = plain(metrics)
-        if checkpoint is None:
-            train.report(metrics)
+        # Only checkpoints go through Ray: it takes one report for each of its looks at the workers.
+        keeps = collective.broadcast_from_rank_zero(checkpoint is not None)
+        if self.rank == 0:
+            self._relay.push("report", metrics)
+        if not keeps:
             return
-        write_manifest(Path(checkpoint), metrics)
-        train.report(
-            metrics, checkpoint=train.Checkpoint.from_directory(checkpoint), checkpoint_dir_name=new_name(self._next)
-        )
+        local = None
+        if checkpoint is not None:
+            self.wait()
+            local = train.Checkpoint.from_directory(take_over(checkpoint))
+            self._stored.clear()
+        try:
+            train.report(
+                metrics,
+                checkpoint=local,
+                checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
+                # The upload does that, also where the storage fails.
+                delete_local_checkpoint_after_upload=False,
+                checkpoint_upload_fn=functools.partial(self._upload, metrics, self._next),
+            )
+        except BaseException:
+            self._stored.set()  # the upload has not begun
+            raise
         self._next += 1
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the checkpoint that is on its way, at most `timeout` seconds.
+
+        Raises
+        ------
+        StageError
+            When it could not be stored.
+        """
+        self._stored.wait(timeout)
+        if self.refused is not None:
+            raise self.refused
 
     @contextlib.contextmanager
     def restore(self) -> Iterator[Path | None]:
@@ -100,10 +141,29 @@ class RayContext:
         with self._store.local(restored) as folder:
             yield folder
 
+    def leaving(self) -> bool:
+        """Tell whether the node of any worker is being drained; Ray starts the workers anew when it is gone."""
+        # Without a watcher, as on a Ray of this machine alone, the answer is known: no round trip for it.
+        return env_bool(ENABLE_PREEMPTION_WATCHER_ENV_VAR, True) and train.get_preemption_info() is not None
+
     def barrier(self) -> None:
         """Wait for every worker."""
         if distributed.is_initialized():
             distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def _upload(self, metrics: dict[str, Any], index: int, local: train.Checkpoint, name: str) -> train.Checkpoint:
+        """Store a checkpoint, its manifest last; Ray's own copy would write the files in any order."""
+        try:
+            saved = store_checkpoint(self._store, Path(local.path), metrics, index)
+        except Exception as error:
+            self.refused = error
+            # Ray ends the workers when it sees the error; the loop may not come to raise it.
+            self._relay.push("failure", _failure(self.rank, error))
+            raise
+        finally:
+            self._stored.set()
+        storage = train.get_context().get_storage()
+        return train.Checkpoint(storage.build_checkpoint_path_from_name(saved.name), storage.storage_filesystem)
 
 
 def run_worker(job: Job) -> None:
@@ -111,18 +171,31 @@ def run_worker(job: Job) -> None:
     rank = train.get_context().get_world_rank()
     _set_threads()
     if rank == 0:
-        job.relay.push("start", {"pid": os.getpid()})
+        job.relay.push("start", told_attempt())
+    context: RayContext | None = None
     try:
-        job.loop(RayContext(job), job.payload)
+        context = RayContext(job)
+        job.loop(context, job.payload)
+        context.wait()
     except Exception as error:
-        failure = {
-            "rank": rank,
-            "line": one_line(error),
-            "traceback": traceback.format_exc(),
-            "final": not isinstance(error, RETRIED),
-        }
-        job.relay.push("failure", failure)
+        if context is not None:
+            if is_memory(error):
+                note_memory_failure(CheckpointStore(job.storage, job.name), context.memory_failures + 1)
+            with contextlib.suppress(StageError):
+                context.wait(_LAST_S)  # once stored, it counts
+        failure = _failure(rank, error)
+        if context is None or error is not context.refused:
+            job.relay.push("failure", failure)
         raise StageError(failure["line"]) from None
+
+
+def _failure(rank: int, error: Exception) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "line": training_line(error),
+        "traceback": "".join(traceback.format_exception(error)),
+        "final": not isinstance(error, RETRIED),
+    }
 
 
 def _device() -> torch.device:

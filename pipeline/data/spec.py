@@ -202,7 +202,12 @@ class AugmentSpec(StrictModel):
         Largest shift in each direction, in pixels; what moves in from outside is black.
     flip : bool
         Whether half of the images are mirrored left to right.
+    views : int or None
+        How many views of each image the student cycles through, the image as it is being one of them; what teachers
+        say is then computed and kept for each. None: a new view in every epoch, of which only live teachers see more
+        than the image as it is.
     """
 
     shift: int = Field(default=2, ge=0)
     flip: bool = False
+    views: int | None = Field(default=None, ge=1)

@@ -224,7 +224,17 @@ class ImageSplit:
     @cached_property
     def ids(self) -> list[str]:
         """Sample ids, 32 hexadecimal digits each."""
-        return [row.tobytes().hex() for row in self.table._ids[self._rows]]
+        return [row.tobytes().hex() for row in self.raw_ids]
+
+    @cached_property
+    def raw_ids(self) -> np.ndarray:
+        """Sample ids as they are stored, an (N, 16) uint8 array."""
+        return self.table._ids[self._rows]
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """A number for each sample that stands for its content: the first half of its id, an (N,) int64 tensor."""
+        return torch.from_numpy(self.raw_ids[:, :8].copy().view("<i8")[:, 0].astype(np.int64))
 
     @cached_property
     def labels(self) -> torch.Tensor:

@@ -6,7 +6,7 @@ space of L_t, C_t classes of its own and D_t penultimate features; the student h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -57,6 +57,26 @@ class Said:
     target: Tensor
     logits: tuple[Tensor, ...] | None = None
     features: tuple[Tensor, ...] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Said:
+        """Return what `function` makes of each tensor."""
+        return Said(
+            function(self.shares),
+            tuple(function(one) for one in self.p),
+            function(self.target),
+            None if self.logits is None else tuple(function(one) for one in self.logits),
+            None if self.features is None else tuple(function(one) for one in self.features),
+        )
+
+    def take(self, rows: Tensor | slice) -> Said:
+        """Return what they say of some of the images."""
+        return Said(
+            self.shares[:, rows],
+            tuple(one[rows] for one in self.p),
+            self.target[:, rows],
+            None if self.logits is None else tuple(one[rows] for one in self.logits),
+            None if self.features is None else tuple(one[rows] for one in self.features),
+        )
 
     def mixed(self) -> tuple[Tensor, Tensor]:
         """Return one distribution an image, Σ_t share_t target_t / Σ_t share_t (B, C_s), and Σ_t share_t (B,).

@@ -18,9 +18,10 @@ from pipeline.distillation.flow import Flow, FlowStudent, default_sources
 from pipeline.distillation.step import About, Head, TeacherAbout
 from pipeline.engine.context import WorkerContext
 from pipeline.engine.evaluation import predict
+from pipeline.engine.feeding import Lesson
 from pipeline.engine.learner import Learner
 from pipeline.engine.live import Live, student_layers, teacher_layers
-from pipeline.engine.loop import Lesson, batches_of, fit
+from pipeline.engine.loop import batches_of, fit
 from pipeline.engine.objective_spec import FlowSpec, LayersSpec, ObjectiveSpec, labels_alone
 from pipeline.engine.objectives import build_objective, wants
 from pipeline.engine.sampling import seed_of
@@ -109,7 +110,7 @@ def _train(number: int, arm: Arm, payload: ArmsPayload, table: ImageTable, conte
         payload.loop,
         context,
         seed=arm.seed,
-        augment=lambda images, generator: augment(images, payload.augment, generator),
+        augment=lambda images, keys: augment(images, payload.augment, keys),
         report_with={"arm": number},
     )
     if context.rank == 0:
@@ -200,7 +201,7 @@ def _finish(
             found[name + WITH_TEACHERS] = predict(
                 lambda images: learner.look(images, live(images)), batches_of(split, _BATCH), device
             )
-        generator = torch.Generator().manual_seed(seed_of(arm.seed, 5))
+        generator = torch.Generator().manual_seed(seed_of(arm.seed, 6))
         rows = torch.randperm(len(taught), generator=generator)[: arm.flow.precise]
         recalibrate_batchnorm(student, (taught.images(part).to(device) for part in rows.split(_BATCH)))
     for name, split in splits.items():

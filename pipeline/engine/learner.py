@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,27 @@ from pipeline.distillation.previous import Previous, previous_output_kl
 from pipeline.distillation.step import Said, Seen, Step
 from pipeline.engine.objective_spec import FlowSpec
 from pipeline.models.capture import captured, find_penultimate, pooled
+
+
+@dataclass(frozen=True)
+class Other:
+    """What the images that are mixed into those of a step are to be taken for.
+
+    Attributes
+    ----------
+    share : float
+        λ: the loss is λ L(own targets) + (1 − λ) L(these).
+    labels : (n,) tensor
+    said : Said or None
+    """
+
+    share: float
+    labels: Tensor
+    said: Said | None
+
+    def take(self, rows: Tensor, taught: slice) -> Other:
+        """Return those of some rows, among them these taught ones."""
+        return Other(self.share, self.labels[rows], None if self.said is None else self.said.take(taught))
 
 
 class Learner(nn.Module):
@@ -38,6 +60,11 @@ class Learner(nn.Module):
         Wraps the same student.
     flow_spec : FlowSpec, optional
         Given with `flow`.
+
+    Attributes
+    ----------
+    autocast : torch.dtype or None
+        Half precision for the student's forward pass; what is made of its output is always computed in float32.
     """
 
     def __init__(
@@ -56,6 +83,7 @@ class Learner(nn.Module):
         self.flow = None if flow is None else flow.flow
         self._flowing = _Unlisted(flow)
         self.flow_spec = flow_spec
+        self.autocast: torch.dtype | None = None
         self.previous = None
         if flow is not None and flow_spec is not None and flow_spec.kl > 0:
             self.previous = Previous(flow, flow_spec.every)
@@ -82,9 +110,12 @@ class Learner(nn.Module):
 
     def look(self, images: Tensor, live: tuple[Seen, ...] | None) -> Tensor:
         """Return the student's logits, with what flows in from the teachers where they have looked."""
-        if self._flowing.module is None or live is None:
-            return self.student(images)
-        return self._flowing.module(images, [seen.taps for seen in live])
+        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            if self._flowing.module is None or live is None:
+                logits: Tensor = self.student(images)
+            else:
+                logits = self._flowing.module(images, [seen.taps for seen in live])
+        return logits.float() if self.autocast is not None else logits
 
     def forward(
         self,
@@ -93,6 +124,7 @@ class Learner(nn.Module):
         said: Said | None,
         live: tuple[Seen, ...] | None,
         progress: float,
+        other: Other | None = None,
     ) -> dict[str, Tensor]:
         """Return the parts of the loss, among them ``"loss"``, their total.
 
@@ -106,14 +138,20 @@ class Learner(nn.Module):
         live : T `Seen`, or None
         progress : float
             Part of the training done, in [0, 1).
+        other : Other, optional
+            What is mixed into the images.
         """
         with captured(self._net, features=self._penultimate, taps={path: path for path in self.taps}) as seen:
             logits = self.look(images, live)
-        features = pooled(seen["features", ""]) if self._penultimate is not None else None
-        taps = {path: seen["tap", path] for path in self.taps}
-        parts = dict(self.objective(Step(logits, labels, said, features, taps, live, progress)))
+        features = pooled(seen["features", ""]).float() if self._penultimate is not None else None
+        taps = {path: seen["tap", path].float() for path in self.taps}
+        step = Step(logits, labels, said, features, taps, live, progress)
+        parts = dict(self.objective(step))
+        if other is not None:
+            partners = self.objective(replace(step, labels=other.labels, said=other.said))
+            parts = {name: torch.lerp(partners[name], value, other.share) for name, value in parts.items()}
         if self.flow is not None and self.flow_spec is not None:
-            parts |= self._flow_parts(parts["loss"], logits, images, labels, live, progress)
+            parts |= self._flow_parts(parts["loss"], logits, images, labels, live, progress, other)
         return parts
 
     def _flow_parts(
@@ -124,6 +162,7 @@ class Learner(nn.Module):
         labels: Tensor,
         live: tuple[Seen, ...] | None,
         progress: float,
+        other: Other | None,
     ) -> dict[str, Tensor]:
         assert self.flow is not None and self.flow_spec is not None
         dependency = self.flow.dependency()
@@ -132,7 +171,7 @@ class Learner(nn.Module):
         if live is None:
             loss = loss + self.flow.untouched()
         if self.flow_spec.alone > 0 and (progress < self.flow_spec.ramp or not self.flow_spec.fade):
-            alone = self._alone(images, labels, logits)
+            alone = self._alone(images, labels, logits, other)
             loss = loss + self.flow_spec.alone * alone
             parts["flow_alone"] = alone.detach()
         if self.previous is not None:
@@ -146,10 +185,13 @@ class Learner(nn.Module):
             parts["flow_kl"] = jump.detach()
         return {"loss": loss} | parts | self.flow_weights()
 
-    def _alone(self, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+    def _alone(self, images: Tensor, labels: Tensor, logits: Tensor, other: Other | None) -> Tensor:
         """Return what the student has yet to learn to do without its teachers, see `Learner`."""
-        own = self.student(images)
-        return labelled_cross_entropy(own, labels) + previous_output_kl(logits, own)
+        own = self.look(images, None)
+        loss = labelled_cross_entropy(own, labels)
+        if other is not None:
+            loss = torch.lerp(labelled_cross_entropy(own, other.labels), loss, other.share)
+        return loss + previous_output_kl(logits, own)
 
     def flow_weights(self) -> dict[str, Tensor]:
         """Return the mixing weight of every source: ``flow.LAYER.student`` and ``flow.LAYER.TEACHER``, by number."""

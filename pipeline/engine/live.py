@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.distillation.step import Seen
 from pipeline.engine.objective_spec import LayersSpec
 from pipeline.errors import ConfigError
+from pipeline.models.precision import choose_autocast
 from pipeline.models.preprocessing import Preprocessing
 from pipeline.models.stages import shapes_of, stages_of
 from pipeline.models.student import Student
@@ -21,6 +22,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Live:
     """Teachers run under no-grad, outside of the module that is trained: nothing of them is wrapped or saved.
 
+    Each computes in a precision of its own, whatever the student's is, see `pipeline.models.precision`. No inference
+    mode: adapters learn from what teachers show, and such tensors may not be kept for a gradient.
+
     Parameters
     ----------
     teachers : sequence of Teacher
@@ -29,6 +33,7 @@ class Live:
 
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = tuple(teachers)
+        self._types: list[torch.dtype | None] | None = None
 
     def tap(self, number: int, shapes: Shapes) -> None:
         """Have a teacher show these of its layers, besides those that it shows already."""
@@ -37,9 +42,12 @@ class Live:
 
     def __call__(self, images: Tensor) -> tuple[Seen, ...]:
         """Return what every teacher shows of the images (n, C, H, W), as stored."""
+        if self._types is None:
+            self._types = [choose_autocast(teacher, images) for teacher in self.teachers]
         shown = []
-        for teacher in self.teachers:
-            output = teacher(images)
+        for teacher, dtype in zip(self.teachers, self._types, strict=True):
+            with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+                output = teacher(images)
             shown.append(Seen(output.logits, output.features, output.taps))
         return tuple(shown)
 

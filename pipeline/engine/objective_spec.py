@@ -101,7 +101,7 @@ class AttentionPart(Part):
 
     target: ClassVar[str] = f"{_ROOM}.attention:AttentionTransfer"
 
-    weight: float = Field(1000.0, ge=0, description="half of it is the β of the publication")
+    weight: float = Field(1000.0, ge=0, description="half of it is the β of the authors' code")
     power: float = Field(2.0, gt=0)
     layers: LayersSpec = LayersSpec()
 
@@ -165,7 +165,7 @@ class ComponentPart(Part):
     view: Literal["classes", "carried"] | None = Field(
         None,
         description="classes: teachers know the sub-task by the names of its classes; carried: their label spaces are "
-        "related to it by the labelled images; null: classes for named sub-tasks and without labels, else carried",
+        "related to it, by the labelled images or by names; null: classes for named sub-tasks, else carried",
     )
     layers: LayersSpec = LayersSpec(before_activation=True)
 
@@ -221,7 +221,8 @@ def objective_of(**parts: Mapping[str, Any]) -> ObjectiveSpec:
 
 def labels_alone(spec: ObjectiveSpec) -> ObjectiveSpec:
     """Return settings with the cross-entropy of `spec` alone, switched on if it is not: training without teachers."""
-    return objective_of(cross_entropy=(spec.cross_entropy or CrossEntropyPart()).model_dump())
+    part = (spec.cross_entropy or CrossEntropyPart()).model_dump()
+    return objective_of(cross_entropy=part | {"weight": part["weight"] or 1.0})
 
 
 class FlowSpec(StrictModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,21 @@ def epoch_order(n: int, *, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(n, generator=generator)
 
 
+class Picked(NamedTuple):
+    """One rank's share of a global batch.
+
+    Attributes
+    ----------
+    rows : (n,) int64 tensor
+        Sample numbers.
+    passes : (n,) int64 tensor
+        How often each of them was picked before.
+    """
+
+    rows: torch.Tensor
+    passes: torch.Tensor
+
+
 class BatchSampler:
     """Batches of row numbers for one rank.
 
@@ -30,30 +46,30 @@ class BatchSampler:
     n : int
         Number of samples.
     batch_size : int
-        Rows of a global batch; a multiple of `world_size`.
+        Rows of a global batch, at least `world_size`. Shares differ by one row at most.
     seed : int
     rank, world_size : int
 
     Raises
     ------
     ValueError
-        If there is no sample, or the batch can't be shared evenly.
+        If there is no sample, or fewer rows than ranks.
     """
 
     def __init__(self, n: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if n < 1:
             raise ValueError(f"n must be >= 1, got {n}")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size must be a positive multiple of world_size={world_size}, got {batch_size}")
+        if batch_size < world_size:
+            raise ValueError(f"batch_size must be at least world_size={world_size}, got {batch_size}")
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world_size = rank, world_size
 
-    def batches(self, first: int, count: int) -> Iterator[torch.Tensor]:
-        """Yield this rank's rows of global batches `first` … `first + count - 1`."""
+    def batches(self, first: int, count: int) -> Iterator[Picked]:
+        """Yield this rank's share of global batches `first` … `first + count - 1`."""
         cached: dict[int, torch.Tensor] = {}
         for number in range(first, first + count):
             start, stop = number * self.batch_size, (number + 1) * self.batch_size
-            pieces = []
+            pieces, passes = [], []
             while start < stop:
                 epoch, offset = divmod(start, self.n)
                 if epoch not in cached:
@@ -61,8 +77,10 @@ class BatchSampler:
                     cached[epoch] = epoch_order(self.n, seed=self.seed, epoch=epoch)
                 piece = cached[epoch][offset : offset + stop - start]
                 pieces.append(piece)
+                passes.append(torch.full_like(piece, epoch))
                 start += len(piece)
-            yield torch.cat(pieces)[self.rank :: self.world_size]
+            own = slice(self.rank, None, self.world_size)
+            yield Picked(torch.cat(pieces)[own], torch.cat(passes)[own])
 
 
 def _mix(*numbers: int) -> int:

@@ -46,8 +46,42 @@ class LoopSpec(StrictModel):
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=1, description="images taught by teachers in one step, over all workers")
     labelled_batch: int = Field(64, ge=1, description="labelled images in one step, over all workers")
-    checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
     optim: OptimSpec = OptimSpec()
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the student's forward pass; fp16 scales the loss (losses are always computed in fp32)"
+    )
+    parts: int = Field(
+        1,
+        ge=1,
+        description="parts that each worker cuts its share of a batch into; their gradients are summed, so that the "
+        "memory of one part is enough. After running out of memory training goes on with twice as many",
+    )
+    compile: bool = Field(False, description="torch.compile the student; pays on a GPU and for long runs")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="the student is the running average of its weights, with this decay; null: none"
+    )
+    mixup: float = Field(0.0, ge=0, description="parameter of the Beta distribution of the share in a mix; 0: none")
+    cutmix: float = Field(0.0, ge=0, description="parameter of the Beta distribution of the swapped area; 0: none")
+    prefetch: int | None = Field(
+        None,
+        ge=0,
+        description="batches that a thread reads ahead; 0: each is read when it is needed; null: 2 for a GPU, else 0",
+    )
+    checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="steps between two checkpoints within an epoch, for long epochs; null: none within"
+    )
+    max_skipped: int = Field(
+        3,
+        ge=0,
+        description="steps whose loss is not finite that may be left out: training goes back to the last checkpoint "
+        "and passes over them; one more ends it, and the last checkpoint stands",
+    )
+
+
+# What a student is not told apart by: how it is fed, how much memory a step takes, when its state is kept, and how many
+# of its steps might have been left out.
+NOT_DECISIVE = ("parts", "compile", "prefetch", "checkpoint_every", "checkpoint_steps", "max_skipped")
 
 
 @dataclass(frozen=True)

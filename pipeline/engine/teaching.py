@@ -36,7 +36,7 @@ class Speaker:
     folder : str
         Holds ``spoken.safetensors``: p over its label space (N, L) and what that stands for among the task's classes,
         `carried` (N, C_s); and, where an objective needs them, ``raw.safetensors``: `logits` (N, C_t) and `features`
-        (N, D). Its name tells one content from another.
+        (N, D). With V views there are V · N rows in each. Its name tells one content from another.
     """
 
     name: str
@@ -57,6 +57,8 @@ class Teaching:
         How much each teacher counts for each image.
     digest : str
         Hash of the content.
+    views : int or None
+        Of how many views of each image they speak, view by view and in each row by row; None: of the image as it is.
     """
 
     def __init__(self, folder: Path, about: dict) -> None:
@@ -68,12 +70,19 @@ class Teaching:
             for one in about["speakers"]
         )
         self.digest: str = about["digest"]
+        self.views: int | None = about["views"]
         self._ids: str = about["ids"]
         self._maps: dict[str, list[dict[str, Tensor]]] = {}
 
     @staticmethod
     def save(
-        folder: Path, *, ids: Sequence[str], speakers: Sequence[Speaker], costs: Sequence[Tensor], shares: Tensor
+        folder: Path,
+        *,
+        ids: Sequence[str],
+        speakers: Sequence[Speaker],
+        costs: Sequence[Tensor],
+        shares: Tensor,
+        views: int | None = None,
     ) -> str:
         """Write who teaches which image; return the digest.
 
@@ -85,6 +94,8 @@ class Teaching:
         costs : T tensors (L_t, C_s)
         shares : (T, N) tensor
             See `pipeline.distillation.step.Said`.
+        views : int, optional
+            Of how many views of each image the speakers' files are.
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -103,6 +114,7 @@ class Teaching:
             # Relative, so that a run folder can be moved.
             "speakers": [asdict(one) | {"folder": os.path.relpath(one.folder, folder)} for one in speakers],
             "ids": _digest_of_ids(ids),
+            "views": views,
             "digest": content.hexdigest(),
         }
         (folder / f".{_ABOUT}").write_text(json.dumps(about), encoding="utf-8")
@@ -148,28 +160,30 @@ class Teaching:
         """Return every teacher's penultimate features of some rows."""
         return [one["features"][rows].float() for one in self._files(RAW)]
 
-    def batch(self, rows: Tensor, device: torch.device, wants: Collection[str] = ()) -> Said:
-        """Return what the teachers say of some rows; logits and features where `wants` names them."""
+    def batch(self, rows: Tensor, views: Tensor, wants: Collection[str] = ()) -> Said:
+        """Return what the teachers say of some views of some rows; logits and features where `wants` names them."""
         spoken = self._files(SPOKEN)
         raw = self._files(RAW) if {"said.logits", "said.features"} & set(wants) else []
+        places = rows if self.views is None else views * len(self) + rows
 
         def gathered(name: str) -> tuple[Tensor, ...] | None:
-            return tuple(one[name][rows].to(device).float() for one in raw) if f"said.{name}" in wants else None
+            return tuple(one[name][places].float() for one in raw) if f"said.{name}" in wants else None
 
         return Said(
-            shares=self.weights[:, rows].to(device).float(),
-            p=tuple(_distributions(one["p"][rows].to(device)) for one in spoken),
-            target=torch.stack([_distributions(one["carried"][rows].to(device)) for one in spoken]),
+            shares=self.weights[:, rows].float(),
+            p=tuple(_distributions(one["p"][places]) for one in spoken),
+            target=torch.stack([_distributions(one["carried"][places]) for one in spoken]),
             logits=gathered("logits"),
             features=gathered("features"),
         )
 
     def _files(self, name: str) -> list[dict[str, Tensor]]:
         if name not in self._maps:
-            self._maps[name] = []
+            found = []
             for one in self.speakers:
                 with safe_open(Path(one.folder) / name, "pt") as handle:  # tensors stay views of the memory map
-                    self._maps[name].append({key: handle.get_tensor(key) for key in handle.keys()})
+                    found.append({key: handle.get_tensor(key) for key in handle.keys()})
+            self._maps[name] = found
         return self._maps[name]
 
 

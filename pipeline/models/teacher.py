@@ -93,6 +93,9 @@ class Teacher(nn.Module):
         self.preprocessing.eval()
         with suppress(NotImplementedError):  # what torch.export made has no modes
             net.eval()
+        for module in net.modules():
+            if type(module) is nn.Conv2d:  # which then runs channels last, up to 1.7 times as fast on a CPU
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def _find_features(self) -> None:
         last = find_penultimate(self.net)

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.engine.spec import NOT_DECISIVE
 from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.assess import rows_of
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.probe import classes_of
-from pipeline.stages.speaking import speak, spoken
+from pipeline.stages.speaking import speak, spoken, views_seen
 from pipeline.stages.teachers import load_bridge, table_of, teacher_folder
 from pipeline.stages.together import TOGETHER, choice_of, said_together, speak_together
 
@@ -30,7 +31,7 @@ class Amalgamate:
     """Faculty and table → `assignments.parquet` (image, teacher, ambiguity of each) and what the student is taught."""
 
     name = "amalgamate"
-    version = 2
+    version = 3
     needs = ("ingest", "assess", "select")
 
     def inputs(self, run: Run) -> Mapping[str, Any]:
@@ -39,16 +40,18 @@ class Amalgamate:
         found: dict[str, Any] = {
             "amalgamate": settings.model_dump(mode="json", exclude={"resources", "batch_size", "components", "choice"}),
             "raw": needs_raw(run),
-        }
+        } | views_seen(run)
         if settings.mode == "direct":
             found["choice"] = choice_of(run.settings)
         if settings.choice == "random" and settings.mode == "direct":
             found["seed"] = run.settings.seed
         if settings.mode == "components":
-            distill = run.settings.distill.model_dump(mode="json", include={"student", "loop", "augment"})
+            distill, loop = run.settings.distill, set(NOT_DECISIVE)
             found |= {
-                "components": settings.components.model_dump(mode="json"),
-                "distill": distill,
+                "components": settings.components.model_dump(mode="json", exclude={"loop": loop}),
+                "distill": distill.model_dump(
+                    mode="json", include={"student", "loop", "augment"}, exclude={"loop": loop}
+                ),
                 "seed": run.settings.seed,
                 "subtasks": run.settings.task.subtasks,
             }
@@ -153,7 +156,8 @@ def teach(run: Run, names: Sequence[str], folder: Path, *, choice: str | None = 
         shares *= 1 - found.ambiguity
     split = _taught(run)
     costs = [ground_cost(run, name) for name in names]
-    digest = Teaching.save(folder, ids=split.ids, speakers=speakers, costs=costs, shares=shares)
+    views = run.settings.distill.augment.views
+    digest = Teaching.save(folder, ids=split.ids, speakers=speakers, costs=costs, shares=shares, views=views)
     _write_choice(run, folder, split, names, teacher, found.ambiguity, found.target)
     return digest_of([digest, list(names)])
 
@@ -167,11 +171,12 @@ def _teach_together(run: Run, names: Sequence[str], folder: Path) -> str:
 
     speak(run, names, raw=True)
     one, cost = speak_together(run, names)
-    p = said_together(Path(one.folder))
+    split = _taught(run)
+    p = said_together(Path(one.folder), len(split))
     own = assign(p[None]).ambiguity
     shares = 1 - own if run.settings.amalgamate.confidence else torch.ones_like(own)
-    split = _taught(run)
-    digest = Teaching.save(folder, ids=split.ids, speakers=[one], costs=[cost], shares=shares)
+    views = run.settings.distill.augment.views
+    digest = Teaching.save(folder, ids=split.ids, speakers=[one], costs=[cost], shares=shares, views=views)
     ambiguity = torch.cat([assign_carried(run, names).ambiguity, own])
     teacher = torch.full((len(split),), len(names))
     _write_choice(run, folder, split, [*names, TOGETHER], teacher, ambiguity, p)
@@ -208,10 +213,10 @@ def assign_carried(run: Run, names: Sequence[str], gains: Sequence[float] | None
     from pipeline.amalgamation.ambiguity import assign
     from pipeline.engine.spec import SPOKEN
 
-    said = []
+    said, images = [], len(_taught(run))
     for name in names:
         with safe_open(spoken(run, name) / SPOKEN, "pt") as handle:
-            said.append(handle.get_tensor("carried").float())
+            said.append(handle.get_slice("carried")[:images].float())  # the first view is the image as it is
     carried = torch.stack(said)
     carried /= carried.sum(-1, keepdim=True)  # half precision rounds the sums away from 1
     return assign(carried, gains=gains)

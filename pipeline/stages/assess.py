@@ -11,8 +11,9 @@ from pipeline.errors import FacultyError, StageError
 from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.class_level import accuracy_of, identity, thin
+from pipeline.stages.outputs import CachedTeacher, tidy_cache
 from pipeline.stages.probe import ProbePayload, assess_teacher, build_probe
-from pipeline.stages.teachers import TeacherJob, carried, has_labels, outputs_folder, teacher_folder
+from pipeline.stages.teachers import TeacherJob, carried, has_labels, kept, outputs_folder, teacher_folder
 
 SCORES = (
     "score",
@@ -57,7 +58,7 @@ class Assess:
     """Zoo and table → `assessment.parquet`, and per teacher its bridge and what it says of the labelled images."""
 
     name = "assess"
-    version = 2
+    version = 3
     needs = ("ingest",)
 
     def inputs(self, run: Run) -> Mapping[str, Any]:
@@ -67,6 +68,7 @@ class Assess:
             "assess": run.settings.assess.model_dump(mode="json", exclude=excluded) | identity(run),
             "teachers": {name: run.fingerprint(name) for name in run.zoo.names},
             "trusted_factories": list(run.settings.zoo.trusted_factories),
+            "kept": kept(run),
         }
 
     def run(self, run: Run, folder: Path) -> Outcome:
@@ -139,6 +141,7 @@ class Assess:
                 ProbePayload(
                     TeacherJob.of(run, name, homes[name], settings.resources),
                     str(outputs_folder(run, name)),
+                    CachedTeacher.of(run, name),
                     settings,
                     last_rung=len(climbing),
                 ),
@@ -173,6 +176,7 @@ class Assess:
                 shared=probe,
                 verbose=run.verbose,
             )
+        tidy_cache(run)
         return rows, passing
 
 

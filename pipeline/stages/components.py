@@ -15,8 +15,8 @@ from pipeline.stages.base import Run
 from pipeline.stages.heads import student_classes, subtasks_of
 from pipeline.stages.ingest import table_path
 from pipeline.stages.probe import classes_of
-from pipeline.stages.speaking import SpeakPayload, speak, speak_all, spoken
-from pipeline.stages.teachers import has_labels, save_tensors, table_of
+from pipeline.stages.speaking import SpeakPayload, speak, speak_all, spoken, views_seen
+from pipeline.stages.teachers import save_tensors, table_of
 
 if TYPE_CHECKING:
     import torch
@@ -125,24 +125,24 @@ def amalgamate_components(run: Run, names: Sequence[str], folder: Path) -> tuple
 
 def view_of(run: Run) -> str:
     """Return how teachers say what they know of a sub-task, see `ComponentPart.view`."""
-    given, labelled = run.settings.amalgamate.components.objective.view, has_labels(run)
-    if given == "carried" and (run.settings.task.subtasks is not None or not labelled):
-        raise ConfigError(
-            "amalgamate.components.objective.view=carried: needs labelled images and a single task; set it to classes"
-        )
-    return given or ("classes" if run.settings.task.subtasks is not None or not labelled else "carried")
+    given = run.settings.amalgamate.components.objective.view
+    named = run.settings.task.subtasks is not None
+    if given == "carried" and named:
+        raise ConfigError("amalgamate.components.objective.view=carried: needs a single task; set it to classes")
+    return given or ("classes" if named else "carried")
 
 
 def _assign_by_names(run: Run, subtask: SubTask, sources: Sequence[Source], sharing: Sequence[str]) -> Assignment:
     from safetensors import safe_open
 
     from pipeline.amalgamation.subtasks import assign_subtask
+    from pipeline.engine.arms import TAUGHT
     from pipeline.engine.spec import RAW
 
-    logits = []
+    logits, images = [], len(table_of(run).split(*TAUGHT))
     for name in sharing:
         with safe_open(spoken(run, name) / RAW, "pt") as handle:
-            logits.append(handle.get_tensor("logits").float())
+            logits.append(handle.get_slice("logits")[:images].float())  # the first view is the image as it is
     return assign_subtask(logits, sources, len(subtask.classes))
 
 
@@ -187,7 +187,8 @@ def _arm(
     keyed = {"classes": subtask.classes, "spoken": [Path(one.folder).name for one in speakers], "view": view}
     folder = run.part("subtasks", label, keyed)
     shares = torch.nn.functional.one_hot(assignment.teacher, len(speakers)).t().float()
-    digest = Teaching.save(folder, ids=ids, speakers=speakers, costs=costs, shares=shares)
+    views = run.settings.distill.augment.views
+    digest = Teaching.save(folder, ids=ids, speakers=speakers, costs=costs, shares=shares, views=views)
     return training.arm(
         run,
         component_name(subtask),
@@ -224,6 +225,8 @@ def _train(run: Run, subtasks: Sequence[SubTask], arms: dict[str, Arm]) -> None:
     with run.display.bar("components", len(jobs) * loop.epochs) as advance:
 
         def on_report(job: str, metrics: dict[str, Any]) -> None:
+            if "epoch" not in metrics:  # of a checkpoint within an epoch
+                return
             epoch, title = int(metrics["epoch"]), job.rpartition("-")[0]
             advance(max(epoch - done[job], 0), f"{title}, loss {metrics['loss']:.3f}")
             done[job] = max(done[job], epoch)
@@ -261,10 +264,11 @@ def _teaching_of_components(
         name: SpeakPayload(
             ComponentReference(name, arm.folder, settings.resources.gpus > 0),
             str(table_path(run)),
-            str(run.part("spoken", name, {"trained": Path(arm.folder).name})),
+            str(run.part("spoken", name, {"trained": Path(arm.folder).name} | views_seen(run))),
             settings.batch_size,
             None,
             True,
+            run.settings.distill.augment,
         )
         for name, arm in arms.items()
     }
@@ -281,4 +285,6 @@ def _teaching_of_components(
         speakers.append(Speaker(name, subtask.qualified, 1.0, str(home)))
         costs.append(1 - torch.nn.functional.one_hot(places, len(classes)).float())
     shares = torch.full((len(speakers), len(ids)), 1 / len(speakers))
-    return digest_of([Teaching.save(folder, ids=ids, speakers=speakers, costs=costs, shares=shares), list(arms)])
+    views = run.settings.distill.augment.views
+    digest = Teaching.save(folder, ids=ids, speakers=speakers, costs=costs, shares=shares, views=views)
+    return digest_of([digest, list(arms)])

@@ -32,7 +32,7 @@ class Distill:
     def inputs(self, run: Run) -> Mapping[str, Any]:
         """Depend on the settings without resources, and the seed."""
         return {
-            "distill": run.settings.distill.model_dump(mode="json", exclude={"resources"}),
+            "distill": training.decisive(run.settings.distill),
             "subtasks": run.settings.task.subtasks,
             "seed": run.settings.seed,
         }

@@ -41,7 +41,7 @@ class Evaluate:
         """Depend on the settings and on those of the training, which the controls share."""
         return {
             "evaluate": run.settings.evaluate.model_dump(mode="json"),
-            "distill": run.settings.distill.model_dump(mode="json", exclude={"resources"}),
+            "distill": training.decisive(run.settings.distill),
             "subtasks": run.settings.task.subtasks,
             "seed": run.settings.seed,
         }

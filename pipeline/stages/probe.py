@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import AssessSettings
 from pipeline.errors import ConfigError, StageError, TeacherError
 from pipeline.stages.base import Run
+from pipeline.stages.outputs import CachedTeacher, outputs_of
 from pipeline.stages.teachers import (
     TeacherJob,
     has_labels,
@@ -37,6 +38,7 @@ class ProbePayload:
 
     job: TeacherJob
     outputs: str
+    cached: CachedTeacher
     settings: AssessSettings
     last_rung: int
 
@@ -53,8 +55,9 @@ def build_probe(run: Run, rungs: Sequence[float]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``images`` (N, C, H, W) uint8, ``labels``, ``part`` and ``rung`` (N,): arrays that Ray shares among the
-        processes of a node; ``classes``; and ``vectors`` of the words in names of classes, if they are wanted.
+        ``images`` (N, C, H, W) uint8, ``ids`` (N, 16) uint8, ``labels``, ``part`` and ``rung`` (N,): arrays that Ray
+        shares among the processes of a node; ``classes``; and ``vectors`` of the words in names of classes, if they are
+        wanted.
     """
     import torch
 
@@ -62,12 +65,13 @@ def build_probe(run: Run, rungs: Sequence[float]) -> dict[str, Any]:
 
     settings, table = run.settings.assess, table_of(run)
     labelled = has_labels(run)
-    images, labels, parts, first = [], [], [], []
+    images, ids, labels, parts, first = [], [], [], [], []
     for part, name in enumerate(LABELLED) if labelled else ((_UNLABELLED, "train_unlabelled"),):
         split = table.split(name)
         if not labelled:
             split = split.take(torch.arange(min(settings.unlabelled, len(split))))
         images.append(split.images())
+        ids.append(torch.from_numpy(split.raw_ids))
         labels.append(split.labels)
         parts.append(torch.full((len(split),), part, dtype=torch.int8))
         # Validation images are looked at last: they judge sets of teachers, and the student.
@@ -75,6 +79,7 @@ def build_probe(run: Run, rungs: Sequence[float]) -> dict[str, Any]:
         first.append(last if part == _HELD else rung_of(split.labels, rungs))
     return {
         "images": torch.cat(images).numpy(),
+        "ids": torch.cat(ids).numpy(),
         "labels": torch.cat(labels).numpy(),
         "part": torch.cat(parts).numpy(),
         "rung": torch.cat(first).numpy(),
@@ -252,29 +257,31 @@ def classes_of(run: Run, name: str) -> tuple[str, ...]:
 def _run_teacher(
     payload: ProbePayload, shared: dict[str, Any], rows: torch.Tensor, precision: str | None
 ) -> dict[str, Any]:
-    import time
-
     import torch
 
     from pipeline.models.precision import choose_autocast
-    from pipeline.models.teacher import predict
 
     teacher, settings = payload.job.load(), payload.settings
-    parts = [part.numpy() for part in rows.split(settings.batch_size)]
+    where, images = rows.numpy(), shared["images"]
     if precision is None:
-        autocast = choose_autocast(teacher, torch.from_numpy(shared["images"][parts[0]]), settings.precision)
+        autocast = choose_autocast(teacher, torch.from_numpy(images[where[: settings.batch_size]]), settings.precision)
     else:  # as on the rung before
         autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
-    began = time.perf_counter()
-    said = predict(teacher, (torch.from_numpy(shared["images"][part]) for part in parts), autocast=autocast)
-    seconds = time.perf_counter() - began
+    said = outputs_of(
+        payload.cached,
+        lambda: teacher,
+        shared["ids"][where],
+        lambda places: torch.from_numpy(images[where[places.numpy()]]),
+        batch_size=settings.batch_size,
+        autocast=autocast,
+    )
     tensors: dict[str, Any] = {"rows": rows, "logits": said.logits, "features": said.features}
     if teacher.classifier_weight is not None:
         tensors["classifier_weight"] = teacher.classifier_weight.float().cpu()
     about = {
         "parameters": str(teacher.num_parameters),
         "precision": "fp32" if autocast is None else str(autocast).removeprefix("torch."),
-        "seconds": f"{seconds:.6f}",
+        "seconds": f"{said.seconds:.6f}",
         "classes": "\n".join(_checked(teacher)),
     }
     return tensors | {"about": about}

@@ -100,6 +100,14 @@ def _check_objective(settings: Settings, wanted: list[Stage]) -> None:
     from pipeline.engine.objectives import wants
 
     needed, loss = wants(settings.distill.objective), settings.distill.objective
+    inner = {"features", "taps"} & needed or settings.distill.flow is not None
+    if settings.distill.loop.compile and inner:
+        raise ConfigError("distill.loop.compile: the loss looks into the student's layers; set it to false")
+    components = settings.amalgamate.components.loop or settings.distill.loop
+    if settings.amalgamate.mode == "components" and components.compile:
+        raise ConfigError(
+            "amalgamate.components.loop.compile: component nets are looked into; give them a loop without it"
+        )
     if settings.task.splits.probe:
         return
     if "labelled" in needed:

@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engine.spec import RAW, SPOKEN
 from pipeline.errors import StageError
 from pipeline.stages.base import Run
-from pipeline.stages.teachers import TeacherJob, load_bridge, save_tensors, table_of, teacher_folder
+from pipeline.stages.outputs import CachedTeacher, outputs_of, tidy_cache, view_name
+from pipeline.stages.teachers import (
+    TeacherJob,
+    load_bridge,
+    save_tensors,
+    stream_tensors,
+    table_of,
+    teacher_folder,
+)
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from pipeline.cluster.blocks import Block
+    from pipeline.data.spec import AugmentSpec
     from pipeline.engine.arms import TeacherReference
+    from pipeline.models.teacher import Teacher
 
 _BLOCK = 4096  # images: what a lost worker repeats at most
 _FEW = 8  # blocks that are not worth the seconds which a pool of actors takes to start
@@ -37,6 +48,12 @@ class SpeakPayload:
         Folder of the bridge to the task's classes; None: its own classes are what it says.
     raw : bool
         Keep logits and features, too.
+    augment : AugmentSpec
+        How many views of each image it is to see, and what these are.
+    cached : CachedTeacher or None
+        Where its outputs are kept; None: nowhere.
+    precision : str
+        What it computes in: ``fp32``, ``bfloat16`` or ``float16``.
     """
 
     teacher: TeacherReference
@@ -45,6 +62,9 @@ class SpeakPayload:
     batch_size: int
     bridge: str | None
     raw: bool
+    augment: AugmentSpec
+    cached: CachedTeacher | None = None
+    precision: str = "fp32"
 
     @property
     def finished(self) -> bool:
@@ -58,7 +78,13 @@ class SpeakPayload:
 
 def spoken(run: Run, name: str) -> Path:
     """Return the folder of what a teacher says of the training images, keyed like its assessment."""
-    return run.part("spoken", name, {"assessed": teacher_folder(run, name).name, "version": 2})
+    return run.part("spoken", name, {"assessed": teacher_folder(run, name).name, "version": 3} | views_seen(run))
+
+
+def views_seen(run: Run) -> dict[str, Any]:
+    """Return which views of the training images teachers see, beside the image as it is."""
+    augment = run.settings.distill.augment
+    return {} if augment.views is None else {"views": augment.model_dump(mode="json")}
 
 
 def speak(run: Run, names: Sequence[str], *, raw: bool = False) -> None:
@@ -76,15 +102,27 @@ def speak(run: Run, names: Sequence[str], *, raw: bool = False) -> None:
     StageError
         If one of them fails, naming it.
     """
+    from pipeline.stages.assess import rows_of
+
     settings = run.settings.amalgamate
+    precisions = {row["teacher"]: row["precision"] for row in rows_of(run)}
     payloads = {}
     for name in names:
         folder = spoken(run, name)
         job = TeacherJob.of(run, name, folder, settings.resources)
         payloads[name] = SpeakPayload(
-            job, job.table, str(folder), settings.batch_size, str(teacher_folder(run, name)), raw
+            job,
+            job.table,
+            str(folder),
+            settings.batch_size,
+            str(teacher_folder(run, name)),
+            raw,
+            run.settings.distill.augment,
+            CachedTeacher.of(run, name),
+            precisions[name],  # that of its assessment, whose outputs are of use here
         )
     speak_all(run, payloads)
+    tidy_cache(run)
 
 
 def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
@@ -119,6 +157,7 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
 
             blocks = map_blocks(make_speaker, groups, done=done, on_result=on_result, verbose=run.verbose, **limits)
             problems = [(block.name, block.error) for block in blocks]
+            notes = {str(block.row["note"]) for block in blocks if block.row is not None}
         else:
             items = [
                 (group.name, group.payload, start, stop)
@@ -133,68 +172,100 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
                 **limits,
             )
             problems = [(item[0], error) for item, (_, error) in zip(items, results, strict=True)]
+            notes = {str(note) for note, error in results if error is None}
     for name, error in problems:
         if error is not None:
             raise StageError(f"amalgamate: teacher {name!r} failed over the training images: {error}")
+    for note in sorted(notes - {""}):
+        run.display.warn(f"what teachers say is not kept for other runs: {note}")
     for group in groups:
         _join(group.payload, group.ranges())
 
 
-def speak_block(item: tuple[str, SpeakPayload, int, int]) -> None:
-    """Run one teacher over some rows, as a task of its own."""
+def speak_block(item: tuple[str, SpeakPayload, int, int]) -> str:
+    """Run one teacher over some rows, as a task of its own; return what there is to note, see `Output`."""
     _, payload, start, stop = item
-    make_speaker(payload)(start, stop)
+    return str(make_speaker(payload)(start, stop)["note"])
 
 
 def make_speaker(payload: SpeakPayload) -> Callable[[int, int], dict[str, Any]]:
-    """Load a teacher; return the function that runs it over some rows. On a worker.
+    """Return the function that runs a teacher over some rows. On a worker.
 
-    It stores p over the teacher's label space (n, L) and what that stands for among the task's classes (n, C_s), in
-    half precision; and logits and features where they are wanted.
+    It stores p over the teacher's label space (V, n, L) and what that stands for among the task's classes (V, n, C_s),
+    in half precision; and logits and features where they are wanted; V views of each image.
     """
-    from pipeline.data.table import ImageTable
-    from pipeline.engine.arms import TAUGHT
-    from pipeline.models.teacher import predict
+    import torch
 
-    teacher = payload.teacher.load()
+    from pipeline.cache.store import compact
+    from pipeline.data.table import ImageTable
+    from pipeline.data.views import augment, view_keys
+    from pipeline.engine.arms import TAUGHT
+
     split = ImageTable.open(payload.table).split(*TAUGHT)
     bridge = load_bridge(Path(payload.bridge)) if payload.bridge is not None else None
+    autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(payload.precision)
+    loaded: list[Teacher] = []
+    notes: set[str] = set()
 
-    def speak_rows(start: int, stop: int) -> dict[str, Any]:
-        batches = (
-            split.images(slice(first, min(first + payload.batch_size, stop)))
-            for first in range(start, stop, payload.batch_size)
-        )
-        output = predict(teacher, batches)
-        p = output.logits.softmax(1) if bridge is None else bridge.distribution(output.logits, output.features)
+    def teacher() -> Teacher:
+        if not loaded:
+            loaded.append(payload.teacher.load())
+        return loaded[0]
+
+    def said(start: int, stop: int, view: int) -> dict[str, torch.Tensor]:
+        def read(rows: torch.Tensor) -> torch.Tensor:
+            keys = view_keys(split.numbers[start + rows], view, 0)
+            return augment(split.images(start + rows), payload.augment, keys)
+
+        logits, features, note = _asked(payload, teacher, split.raw_ids[start:stop], read, view, autocast)
+        notes.add(note)
+        p = logits.softmax(1) if bridge is None else bridge.distribution(logits, features)
         tensors = {"p": p.half(), "carried": (p if bridge is None else bridge.carry(p)).half()}
         if payload.raw:
-            tensors |= {"logits": _compact(output.logits), "features": _compact(output.features)}
+            tensors |= {"logits": compact(logits, "fp16"), "features": compact(features, "fp16")}
+        return tensors
+
+    def speak_rows(start: int, stop: int) -> dict[str, Any]:
+        views = [said(start, stop, view) for view in range(payload.augment.views or 1)]
+        tensors = {name: torch.stack([one[name] for one in views]) for name in views[0]}
         save_tensors(Path(payload.folder), payload.shard(start, stop), tensors)
-        return {"rows": stop - start}
+        return {"rows": stop - start, "note": max(notes)}
 
     return speak_rows
 
 
-def _compact(values: torch.Tensor) -> torch.Tensor:
-    """Return values in half precision, where they are of a size that it holds."""
-    largest = float(values.abs().max()) if values.numel() else 1.0
-    return values.half() if 1e-2 <= largest <= 6e4 else values.float()
+def _asked(
+    payload: SpeakPayload,
+    teacher: Callable[[], Teacher],
+    ids: np.ndarray,
+    read: Callable[[torch.Tensor], torch.Tensor],
+    view: int,
+    autocast: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Return logits and features of one view of some images, and why they were not kept; "" where they were."""
+    import torch
+
+    from pipeline.models.teacher import predict
+
+    if payload.cached is None:
+        batches = (read(rows) for rows in torch.arange(len(ids)).split(payload.batch_size))
+        output = predict(teacher(), batches, autocast=autocast)
+        return output.logits, output.features, ""
+    name = view_name(payload.augment, view)
+    kept = outputs_of(payload.cached, teacher, ids, read, view=name, batch_size=payload.batch_size, autocast=autocast)
+    return kept.logits, kept.features, kept.note
 
 
 def _join(payload: SpeakPayload, ranges: Sequence[tuple[int, int]]) -> None:
     """Make one file of the shards, and delete them."""
-    import torch
     from safetensors import safe_open
 
     folder = Path(payload.folder)
     shards = [folder / payload.shard(start, stop) for start, stop in ranges]
     with contextlib.ExitStack() as stack:
         handles = [stack.enter_context(safe_open(path, "pt")) for path in shards]
-        # Name by name: all that is held twice is one block's part of one name.
-        joined = {name: torch.cat([handle.get_tensor(name) for handle in handles]) for name in list(handles[0].keys())}
-    if payload.raw:
-        save_tensors(folder, RAW, {name: joined.pop(name) for name in ("logits", "features")})
-    save_tensors(folder, SPOKEN, joined)
+        names = [("p", "carried"), ("logits", "features")]
+        for file, wanted in zip((SPOKEN, RAW)[: 2 if payload.raw else 1], names, strict=False):
+            stream_tensors(folder, file, {name: [handle.get_slice(name) for handle in handles] for name in wanted})
     for path in shards:
         path.unlink()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrialResources
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageError
 from pipeline.models.spec import TeacherSpec
 from pipeline.stages.base import Run
 from pipeline.stages.ingest import table_path
@@ -104,15 +106,72 @@ def save_tensors(
     """Write a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     content = {key: value.contiguous() for key, value in tensors.items()}
-    save_file(content, folder / f".{name}", metadata=dict(about or {}))
-    (folder / f".{name}").replace(folder / name)
+    with whole_file(folder, name) as path:
+        save_file(content, path, metadata=dict(about or {}))
+
+
+def stream_tensors(folder: Path, name: str, parts: Mapping[str, Sequence[Any]]) -> None:
+    """Write a safetensors file from slices of others, one in memory at a time.
+
+    Parameters
+    ----------
+    folder, name
+        Of the file; it is written whole or not at all.
+    parts : mapping of str to sequence of safetensors slice
+        Tensors (V, n_k, …), which become one of (V · Σ n_k, …), view by view. Those of other types than the first are
+        converted to the widest.
+    """
+    import json
+
+    import torch
+
+    types = {"F16": torch.float16, "F32": torch.float32}
+    header, offset, shapes = {}, 0, {}
+    for key, slices in parts.items():
+        # Half precision where all of them have it.
+        kind = max((one.get_dtype() for one in slices), key=lambda one: types[one].itemsize)
+        first = slices[0].get_shape()
+        shape = [first[0] * sum(one.get_shape()[1] for one in slices), *first[2:]]
+        size = math.prod(shape) * types[kind].itemsize
+        header[key] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
+        shapes[key], offset = (first[0], types[kind]), offset + size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(folder, name) as path, path.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for key, slices in parts.items():
+            views, dtype = shapes[key]
+            for view in range(views):
+                for one in slices:
+                    handle.write(one[view].to(dtype).contiguous().view(torch.uint8).numpy().tobytes())
+
+
+@contextlib.contextmanager
+def whole_file(folder: Path, name: str) -> Iterator[Path]:
+    """Give a path to write to, which takes its name when the block ends well.
+
+    Raises
+    ------
+    StageError
+        When the folder's disk is full or may not be written; no part of the file stays.
+    """
+    from safetensors import SafetensorError
+
+    path = folder / f".{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield path
+        path.replace(folder / name)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise StageError(f"{folder / name}: can't be written ({error}); free room or mend its permissions") from error
 
 
 def teacher_folder(run: Run, name: str) -> Path:
     """Return where a teacher's assessment is kept: keyed by the teacher, the table and the settings that decide it."""
-    return run.part("teachers", name, _inputs(run, name) | {"assess": decisive(run), "version": 2})
+    return run.part("teachers", name, _inputs(run, name) | {"assess": decisive(run), "version": 3})
 
 
 def outputs_folder(run: Run, name: str) -> Path:
@@ -146,8 +205,13 @@ def decisive(run: Run) -> dict[str, Any]:
     return run.settings.assess.model_dump(mode="json", exclude=excluded) | vectors_identity(run)
 
 
+def kept(run: Run) -> dict[str, Any]:
+    """Return how exactly outputs of teachers are kept, on which all that is made of them depends a little."""
+    return {"precision": run.settings.cache.precision, "top_k": run.settings.cache.top_k}
+
+
 def _inputs(run: Run, name: str) -> dict[str, Any]:
-    return {"teacher": run.fingerprint(name), "table": run.records["ingest"].digest}
+    return {"teacher": run.fingerprint(name), "table": run.records["ingest"].digest, "kept": kept(run)}
 
 
 def save_bridge(job: TeacherJob, bridge: Bridge, carried: Mapping[str, Tensor]) -> None:

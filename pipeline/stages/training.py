@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import LoopSpec, ObjectiveSpec
+from pipeline.config import DistillSettings, LoopSpec, ObjectiveSpec
 from pipeline.engine.objective_spec import labels_alone
-from pipeline.engine.spec import Arm
+from pipeline.engine.spec import NOT_DECISIVE, Arm
 from pipeline.stages.artefacts import digest_of
 from pipeline.stages.base import Run
 from pipeline.stages.heads import heads_of, student_classes
@@ -68,7 +68,7 @@ def arm(
             "table": run.records["ingest"].digest,
             "teaching": digest,
             "student": (student or settings.student).model_dump(mode="json"),
-            "loop": (loop or settings.loop).model_dump(mode="json"),
+            "loop": (loop or settings.loop).model_dump(mode="json", exclude=set(NOT_DECISIVE)),
             "objective": loss.model_dump(mode="json"),
             "flow": None if flow is None else flow.model_dump(mode="json"),
             "augment": settings.augment.model_dump(mode="json"),
@@ -76,7 +76,7 @@ def arm(
             "subtasks": run.settings.task.subtasks,
             "part": part,
             "seed": seed,
-            "version": 2,
+            "version": 3,
         },
     )
     start = None if start_from is None else TeacherJob.of(run, start_from, folder, run.settings.amalgamate.resources)
@@ -90,6 +90,11 @@ def arm(
         student=student,
         start=start,
     )
+
+
+def decisive(settings: DistillSettings) -> dict[str, Any]:
+    """Return the settings that a student depends on."""
+    return settings.model_dump(mode="json", exclude={"resources": True, "loop": set(NOT_DECISIVE)})
 
 
 def payload_of(
@@ -152,9 +157,11 @@ def train(run: Run, arms: Sequence[Arm], title: str, teachers: Mapping[str, Teac
         run.open_cluster()
     with run.display.bar(title, len(missing) * settings.loop.epochs) as advance:
         if run.display.console.is_terminal and workers.num_workers:
-            advance(0, f"starting {workers.num_workers} workers")
+            advance(0, f"starting {workers.counts[-1]} workers")
 
         def on_report(metrics: dict[str, Any]) -> None:
+            if "epoch" not in metrics:  # of a checkpoint within an epoch
+                return
             number, epoch = int(metrics["arm"]), int(metrics["epoch"])
             done = number * settings.loop.epochs + epoch
             # After a restart some epochs are reported again: the bar only moves forward.
@@ -175,6 +182,7 @@ def train(run: Run, arms: Sequence[Arm], title: str, teachers: Mapping[str, Teac
             verbose=run.verbose,
             use_gpu=workers.gpus_per_worker > 0,
             resources_per_worker=resources_per_worker(run),
+            on_term=True,
         )
 
 

@@ -1,17 +1,23 @@
 """What pipeline.cluster does without a cluster."""
 
+import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
+import torch
 
-from pipeline.cluster.causes import one_line, root_cause
+from pipeline.cluster.causes import is_death, is_memory, one_line, root_cause, training_line
+from pipeline.cluster.inline import bounds, fit_inline
 from pipeline.cluster.measure import Meter
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.cluster.train import fit
 from pipeline.engine.checkpoint import MANIFEST, CheckpointStore
-from pipeline.errors import ConfigError, StageError
+from pipeline.engine.context import LocalContext, store_checkpoint
+from pipeline.errors import ConfigError, Interrupted, StageError
 from pipeline.strict import validate
 
 pytestmark = pytest.mark.integration
@@ -83,6 +89,149 @@ def test_no_workers_train_here_and_resume(tmp_path):
     assert len(heard) == 5
 
 
+class HeldBack(CheckpointStore):
+    """Stores nothing before it is let."""
+
+    def __init__(self, *place):
+        super().__init__(*place)
+        self.go = Event()
+        self.begun = []
+
+    def save(self, folder, metrics, index):
+        self.begun.append(index)
+        assert self.go.wait(60)
+        return super().save(folder, metrics, index)
+
+
+def test_a_checkpoint_is_stored_while_the_loop_goes_on(tmp_path):
+    store = HeldBack(str(tmp_path), "run")
+    told = []
+    with LocalContext(store, lambda metrics: told.append(metrics["step"]), torch.device("cpu")) as context:
+        folder = folder_with(tmp_path / "s0", "x")
+        context.report({"step": 0}, folder)
+        context.report({"step": 1})
+        assert told == [0, 1]  # at once, and in order
+        assert not folder.exists()  # taken over
+        assert store.newest() is None  # on its way, it does not count
+        store.go.set()
+        context.report({"step": 2}, folder_with(tmp_path / "s2", "x"))
+        assert store.newest().metrics == {"step": 0}  # the second one has waited for the first
+    assert store.begun == [0, 1]
+    assert [saved.metrics["step"] for saved in store.whole()] == [0, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # and deleted
+
+
+class Full(CheckpointStore):
+    """Fails in the middle of a copy."""
+
+    error = OSError(errno.ENOSPC, "Error writing bytes to file")
+
+    def save(self, folder, metrics, index):
+        if index == 1:
+            partial = Path(self.root) / f"checkpoint_{index:06d}-abcdef"
+            partial.mkdir(parents=True)
+            (partial / "weights").write_text("ha")
+            raise self.error
+        return super().save(folder, metrics, index)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_names_the_folder(tmp_path):
+    store = Full(str(tmp_path), "run")
+    context = LocalContext(store, device=torch.device("cpu"))
+    context.report({"step": 0}, folder_with(tmp_path / "s0", "x"))
+    context.report({"step": 1}, folder_with(tmp_path / "s1", "x"))
+    with pytest.raises(StageError, match=rf"checkpoint 1 can't be stored in {tmp_path}/run: No space left on device"):
+        context.close()
+    [left] = (tmp_path / "run").iterdir()
+    assert store.newest().name == left.name
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_network_may_be_away_for_a_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.engine.context._PAUSES", (0.0, 0.0))
+    store = Full(str(tmp_path), "run")
+    tries = []
+
+    def save(folder, metrics, index):
+        tries.append(index)
+        if len(tries) < 3:
+            raise OSError("AWS Error NETWORK_CONNECTION during PutObject operation")
+        return CheckpointStore.save(store, folder, metrics, index)
+
+    monkeypatch.setattr(store, "save", save)
+    assert store_checkpoint(store, folder_with(tmp_path / "s", "x"), {}, 7) == store.newest()
+    tries.clear()
+    monkeypatch.setattr("pipeline.engine.context._PAUSES", (0.0,))
+    with pytest.raises(StageError, match=r"checkpoint 8 can't be stored .* NETWORK_CONNECTION"):
+        store_checkpoint(store, folder_with(tmp_path / "s", "x"), {}, 8)
+    assert len(tries) == 2 and len(store.whole()) == 1
+
+
+def end_on_term(context, payload):
+    assert not context.leaving()
+    for step in range(3):
+        if step == payload["term_at"]:
+            signal.raise_signal(signal.SIGTERM)
+            assert context.leaving()
+        (Path(payload["scratch"]) / "s").mkdir(parents=True)
+        (Path(payload["scratch"]) / "s" / "step").write_text(str(step + 1))
+        context.report({"step": step}, Path(payload["scratch"]) / "s")
+
+
+def test_sigterm_stores_a_checkpoint_and_ends_the_run(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    options = {"storage": str(tmp_path / "runs"), "name": "run", "on_term": True}
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        fit_inline(end_on_term, {"term_at": 1, "scratch": str(tmp_path)}, **options)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert CheckpointStore(str(tmp_path / "runs"), "run").newest().metrics == {"step": 1}
+    fit_inline(end_on_term, {"term_at": None, "scratch": str(tmp_path)}, **options)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def need_memory(context, payload):
+    assert (context.last_failure, context.memory_failures) == payload["known"]
+    if payload["short"]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def test_short_memory_is_named_with_its_remedy_and_remembered(tmp_path):
+    options = {"num_workers": 0, "storage": str(tmp_path), "name": "run"}
+    for known in ((None, 0), ("memory", 1)):
+        with pytest.raises(StageError, match=r"out of memory .*; raise distill\.loop\.parts") as caught:
+            fit(need_memory, {"short": True, "known": known}, **options)
+        assert "\n" not in str(caught.value)
+    fit(need_memory, {"short": False, "known": ("memory", 2)}, **options)
+    fit(need_memory, {"short": False, "known": (None, 0)}, **options)
+
+
+def test_short_memory_is_known_by_its_type_or_its_text():
+    import ray
+
+    class WorkerHealthCheckFailedError(Exception):
+        def __init__(self, failure):
+            self.health_check_failure = failure
+
+    killed = WorkerHealthCheckFailedError(ray.exceptions.OutOfMemoryError("the node ran low"))
+    assert is_memory(killed) and is_death(killed)
+    assert "its node ran out of memory" in one_line(killed)
+    on_gpu = torch.OutOfMemoryError("CUDA out of memory.")
+    assert is_memory(on_gpu) and not is_death(on_gpu)
+    assert is_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"))
+    assert is_memory(MemoryError())
+    died = WorkerHealthCheckFailedError(ray.exceptions.ActorDiedError())
+    assert is_death(died) and not is_memory(died)
+    assert one_line(died).startswith("the worker process died")
+    assert not is_memory(RuntimeError("Connection closed by peer")) and not is_memory(ValueError("out of memory"))
+    assert training_line(ValueError("temperature")) == "ValueError: temperature"
+
+
+def test_a_storage_that_can_not_be_used_is_named(tmp_path):
+    (tmp_path / "run").write_text("no folder")
+    with pytest.raises(StageError, match=rf"the storage {tmp_path}/run can't be used: "):
+        fit(count, {"steps": 1}, num_workers=0, storage=str(tmp_path), name="run")
+
+
 def test_a_cause_is_found_beneath_its_wrappers():
     class Wrapper(Exception):
         pass
@@ -118,6 +267,10 @@ def test_the_settings_are_strict():
         validate(ClusterSpec, {"address": " "}, where="run.yaml")
     with pytest.raises(ConfigError, match="num_workers must be >= 0"):
         fit(count, {}, num_workers=-1, storage="x", name="y")
+    for refused in ((0, 2), (3, 2)):
+        with pytest.raises(ConfigError, match="1 <= fewest <= most"):
+            fit(count, {}, num_workers=refused, storage="x", name="y")
+    assert bounds(3) == (3, 3) and bounds((2, 5)) == (2, 5)
 
 
 def test_the_inline_half_imports_neither_ray_nor_torch():

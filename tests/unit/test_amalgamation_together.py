@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.amalgamation.together import fit_together, together_held_out
+from pipeline.amalgamation.together import fit_together, pseudo_labels, together_held_out
 from pipeline.assessment.selection import select_set
 from pipeline.transport.bridge import fit_bridge
 
@@ -159,3 +159,36 @@ def test_what_the_budget_forbids_takes_no_place_among_the_considered():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(*embeddings())
+
+
+def test_pseudo_labels_are_the_averages_and_lose_no_class() -> None:
+    said = torch.tensor(
+        [[[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.7, 0.2]], [[0.6, 0.1, 0.3], [0.2, 0.6, 0.2], [0.1, 0.7, 0.2]]]
+    )
+    assert pseudo_labels(said[:, :, :2]).tolist() == [0, 1, 1]
+    # Nobody is of class 2 by the average: the image that has most of it, of a class that can spare one.
+    assert pseudo_labels(said).tolist() == [0, 1, 2]
+    only = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.8, 0.2]]])
+    assert pseudo_labels(only).tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"at least C_s images, got \(1, 2, 3\)"):
+        pseudo_labels(torch.full((1, 2, 3), 1 / 3))
+
+
+def test_two_half_blind_teachers_together_see_more_than_their_average() -> None:
+    """Each teacher separates its own two classes and takes the others' for one of them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    features, said = [], []
+    for own in ((0, 1), (2, 3)):
+        place = torch.zeros(4, 8)
+        for number, label in enumerate(own):
+            place[label, number] = 3.0
+        place[[one for one in range(4) if one not in own], 2] = 3.0  # what it does not know looks alike to it
+        features.append(place[labels] + torch.randn(400, 8, generator=generator))
+        p = torch.full((400, 4), 1e-6)
+        p[:, list(own)] = (features[-1][:, :2] * 1.5).softmax(1)
+        said.append(p / p.sum(1, keepdim=True))
+    mean = float((torch.stack(said).mean(0).argmax(1) == labels).float().mean())
+    view = fit_together(features, pseudo_labels(torch.stack(said)), 4)
+    together = float((view.distribution(features).argmax(1) == labels).float().mean())
+    assert together > mean + 0.05

@@ -106,6 +106,11 @@ def test_numbers(text: str, value: object) -> None:
         ("register: {nam: x}", r"`register\.nam` is not a setting; did you mean `name`"),
         ("a: [", "line 1"),
         ("assess: {bridge: {kind: center}}", r"`assess\.bridge\.kind` is 'center'; did you mean `centres`"),
+        ("distill: {resources: {num_workers: [4, 2]}}", r"`distill\.resources\.num_workers`: .* got \[4, 2\]"),
+        (
+            "distill: {loop: {batch_size: 128, labelled_batch: 6}, resources: {num_workers: [2, 8]}}",
+            r"distill\.loop\.labelled_batch=6 can't be shared among distill\.resources\.num_workers=8",
+        ),
         (
             "distill: {loop: {batch_size: 9}, resources: {num_workers: 2}}",
             r"distill\.loop\.batch_size=9 can't be shared among distill\.resources\.num_workers=2",

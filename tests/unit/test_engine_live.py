@@ -11,9 +11,10 @@ from pipeline.distillation.flow import Flow, FlowStudent, default_sources
 from pipeline.distillation.previous import previous_output_kl
 from pipeline.distillation.step import About, Said, TeacherAbout
 from pipeline.engine.context import LocalContext
+from pipeline.engine.feeding import Lesson
 from pipeline.engine.learner import Learner
 from pipeline.engine.live import Live, student_layers, teacher_layers
-from pipeline.engine.loop import Lesson, fit
+from pipeline.engine.loop import fit
 from pipeline.engine.objective_spec import FlowSpec, LayersSpec, objective_of
 from pipeline.engine.objectives import build_objective, wants
 from pipeline.engine.spec import LoopSpec
@@ -35,6 +36,7 @@ class Shapes:
         generator = torch.Generator().manual_seed(n)
         self._images = torch.randint(0, 256, (n, 1, 12, 12), generator=generator, dtype=torch.uint8)
         self.labels = torch.arange(n) % 3 if labelled else torch.full((n,), -1)
+        self.numbers = torch.arange(n)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -46,7 +48,9 @@ class Shapes:
 class Says:
     """Two teachers, each of which teaches every other image."""
 
-    def batch(self, rows, device, wants=()):
+    views = None
+
+    def batch(self, rows, views, wants=()):
         shares = torch.stack([(rows % 2 == 0).float(), (rows % 2 == 1).float()])
         p = torch.full((len(rows), 3), 1 / 3)
         return Said(shares, (p, p), torch.stack([p, p]))

@@ -11,7 +11,6 @@ from pipeline.engine.spec import RAW, SPOKEN
 from pipeline.engine.teaching import Speaker, Teaching
 from pipeline.errors import StageError
 
-CPU = torch.device("cpu")
 IDS = [f"{number:032x}" for number in range(6)]
 WHO = torch.tensor([0, 1, 1, 0, 1, 0])
 
@@ -40,7 +39,7 @@ def speakers(tmp_path: Path) -> list[Speaker]:
 def test_rows_come_back_as_they_were_stored(tmp_path: Path, speakers: list[Speaker]) -> None:
     save(tmp_path / "teaching", speakers)
     teaching = Teaching.open(tmp_path / "teaching")
-    said = teaching.batch(torch.tensor([4, 0]), CPU)
+    said = teaching.batch(torch.tensor([4, 0]), torch.tensor([1, 2]))
     torch.testing.assert_close(said.shares, torch.tensor([[0.0, 0.25], [0.85, 0.0]]), atol=1e-3, rtol=0)
     assert [tuple(p.shape) for p in said.p] == [(2, 4), (2, 2)] and said.target.shape == (2, 2, 3)
     for p in (*said.p, said.target):
@@ -50,10 +49,26 @@ def test_rows_come_back_as_they_were_stored(tmp_path: Path, speakers: list[Speak
     assert teaching.speakers[0].classes == ("a", "b", "c", "d")
 
 
+def test_views_lie_one_after_the_other(tmp_path: Path) -> None:
+    """Three images in two views, in files of six rows."""
+    speakers = [spoken(tmp_path, "wide", 4, 0), spoken(tmp_path, "narrow", 2, 1)]
+    save(tmp_path / "plain", speakers)
+    costs = [torch.eye(4, 3), torch.eye(2, 3)]
+    folder = tmp_path / "views"
+    Teaching.save(folder, ids=IDS[:3], speakers=speakers, costs=costs, shares=torch.ones(2, 3), views=2)
+    teaching, plain = Teaching.open(folder), Teaching.open(tmp_path / "plain")
+    assert teaching.views == 2 and plain.views is None and len(teaching) == 3
+    rows, views = torch.tensor([2, 0, 1]), torch.tensor([1, 0, 1])
+    found = teaching.batch(rows, views, {"said.logits"})
+    expected = plain.batch(torch.tensor([5, 0, 4]), torch.zeros(3, dtype=torch.int64), {"said.logits"})
+    assert torch.equal(found.target, expected.target) and torch.equal(found.logits[0], expected.logits[0])
+    assert torch.equal(plain.batch(rows, views).target, plain.batch(rows, 0 * views).target)
+
+
 def test_logits_and_features_come_where_they_are_wanted(tmp_path: Path, speakers: list[Speaker]) -> None:
     save(tmp_path / "teaching", speakers)
     teaching = Teaching.open(tmp_path / "teaching")
-    said = teaching.batch(torch.arange(3), CPU, {"said.logits", "said.features"})
+    said = teaching.batch(torch.arange(3), torch.zeros(3, dtype=torch.int64), {"said.logits", "said.features"})
     assert [tuple(one.shape) for one in said.logits] == [(3, 4), (3, 2)]
     assert [tuple(one.shape) for one in said.features] == [(3, 7), (3, 7)]
     torch.testing.assert_close(teaching.features(torch.arange(3))[1], said.features[1])
@@ -78,7 +93,7 @@ def test_the_digest_follows_the_content(tmp_path: Path, speakers: list[Speaker])
 def test_a_run_folder_can_be_moved(tmp_path: Path) -> None:
     one = tmp_path / "one"
     save(one / "teaching", [spoken(one, "wide", 4, 0), spoken(one, "narrow", 2, 1)])
-    before = Teaching.open(one / "teaching").batch(torch.arange(6), CPU)
+    before = Teaching.open(one / "teaching").batch(torch.arange(6), torch.ones(6, dtype=torch.int64))
     shutil.move(one, tmp_path / "two")
-    after = Teaching.open(tmp_path / "two" / "teaching").batch(torch.arange(6), CPU)
+    after = Teaching.open(tmp_path / "two" / "teaching").batch(torch.arange(6), torch.ones(6, dtype=torch.int64))
     assert torch.equal(before.target, after.target)

@@ -8,7 +8,6 @@ import torch
 from pipeline.config import load_settings
 from pipeline.errors import ConfigError
 from pipeline.stages import select
-from pipeline.stages.speaking import _compact
 from pipeline.stages.together import choice_of
 from tests.tiny import make_settings
 
@@ -22,8 +21,8 @@ def choice(folder: Path, *overrides: str) -> str:
 def test_together_unless_something_needs_each_teacher(tmp_path: Path) -> None:
     assert choice(tmp_path) == "together"
     assert choice(tmp_path, "amalgamate.choice=average") == "average"
+    assert choice(tmp_path, NO_LABELS) == "together"
     for override in (
-        NO_LABELS,
         "distill.flow={}",
         "distill.objective.hints={}",
         "distill.objective.concatenated={}",
@@ -40,7 +39,6 @@ def test_together_unless_something_needs_each_teacher(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "why"),
     [
-        (NO_LABELS, "the task has no labels"),
         ("distill.flow={}", "needs what each teacher says, or its layers"),
         ("distill.objective.b_tuning={}", "needs what each teacher says, or its layers"),
     ],
@@ -58,11 +56,3 @@ def test_no_class_is_lost_where_fewer_images_are_judged(monkeypatch: pytest.Monk
     assert torch.equal(rows, select._judged(labels, 3, seed=0))
     monkeypatch.setattr(select, "_JUDGED", 1)
     assert labels[select._judged(labels, 3, seed=0)].bincount().tolist() == [2, 2, 2]
-
-
-@pytest.mark.parametrize(("size", "kept"), [(1.0, torch.half), (1e5, torch.float32), (1e-7, torch.float32)])
-def test_features_of_any_size_keep_their_content(size: float, kept: torch.dtype) -> None:
-    features = size * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    stored = _compact(features)
-    assert stored.dtype == kept
-    torch.testing.assert_close(stored.float(), features, rtol=1e-3, atol=1e-4 * size)

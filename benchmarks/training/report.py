@@ -1,0 +1,225 @@
+"""Rows, goals and plot from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.results import RESULTS, goal, write
+from benchmarks.training.ours import VIEWS
+from benchmarks.training.turns import Times
+from benchmarks.training.world import BATCH, LABELLED, TAUGHT, World
+
+FLAT = 1.05  # the peak with eight teachers over that with one
+COLUMNS = {
+    "task": "task",
+    "title": "what",
+    "measured": "measured",
+    "epoch": "an epoch",
+    "bare": "of the bare loop",
+    "peer": "times torchdistill",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of one task.
+
+    Attributes
+    ----------
+    world : World
+    steps : int
+        Of one measurement.
+    times : Times
+        Of the trainings, by name.
+    filled : Times
+        Of `fill`, the filling of the cache, and `forward`, the bare forward passes.
+    rows : int
+        Images of either.
+    sizes : dict of str to float
+        Bytes an image and teacher, by what is kept.
+    held : dict of int to dict
+        Peaks [MiB] by number of teachers; empty where they were not measured.
+    workers : int or None
+        That the peer's data loader had; None without the peer.
+    """
+
+    world: World
+    steps: int
+    times: Times
+    filled: Times
+    rows: int
+    sizes: dict[str, float]
+    held: dict[int, dict[str, float]]
+    workers: int | None
+
+
+def title(name: str) -> str:
+    """Return what a training is called in the table."""
+    kind, _, rest = name.partition(" ")
+    count = rest.rpartition(" ")[2]
+    teachers = f"{count} teacher{'' if count == '1' else 's'}"
+    if kind == "peer":
+        style = {
+            "samples": "live, sample by sample",
+            "batches": "live, handed whole batches",
+            "replayed": "replayed by a wrapper of one's own, whole batches",
+        }[rest.partition(" ")[0]]
+        return f"torchdistill, {teachers} {style}"
+    return {
+        "bare": "bare torch loop, no teacher",
+        "alone": "ours, no teacher",
+        "average": f"ours, {teachers} cached, KD to their average",
+        "views": f"ours, {teachers} cached for {VIEWS} views of each image, KD to their average",
+        "default": f"ours, {teachers} cached, default recipe: they speak as one",
+        "each": f"ours, {teachers} cached, transport to each of them",
+        "live": f"ours, {teachers} live",
+    }[kind]
+
+
+def rivals(times: Times, name: str) -> list[str]:
+    """Return the peer's trainings for the same job: as many teachers, live, by sample and by batch."""
+    count = name.rpartition(" ")[2]
+    return [f"peer {style} {count}" for style in ("samples", "batches") if f"peer {style} {count}" in times]
+
+
+def rows_of(one: Found) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one task."""
+    common, images = {"task": one.world.title}, one.steps * BATCH
+    for name in one.times.seconds:
+        rate = images / one.times.median(name)
+        of_bare = one.times.ratio(name, "bare")
+        row: dict[str, Any] = common | {
+            "name": name,
+            "title": title(name),
+            "images_per_second": rate,
+            "epoch_seconds": one.world.epoch / rate,
+            "of_bare": of_bare.median,
+            "of_bare_range": [of_bare.least, of_bare.largest],
+            "seconds": one.times.seconds[name],
+            "measured": f"{rate:,.0f} images/s",
+            "epoch": f"{one.world.epoch / rate:,.1f} s",
+            "bare": "" if name == "bare" else str(of_bare),
+        }
+        if name.startswith(("average", "views", "live")) and (others := rivals(one.times, name)):
+            ratios = {other: one.times.ratio(name, other) for other in others}
+            row["of_peer"] = {other: [r.median, r.least, r.largest] for other, r in ratios.items()}
+            row["peer"] = " / ".join(f"{ratio.median:.2f}" for ratio in ratios.values())
+        yield row
+    filling = one.filled.ratio("fill", "forward")
+    rate = one.rows / one.filled.median("fill")
+    yield common | {
+        "name": "fill",
+        "title": "cache: filling it, of bare forward passes of the teacher",
+        "images_per_second": rate,
+        "of_forward": filling.median,
+        "of_forward_range": [filling.least, filling.largest],
+        "measured": f"{rate:,.0f} images/s, {filling}",
+    }
+    for what, size in one.sizes.items():
+        measured = f"{size:.0f} bytes an image and teacher"
+        yield common | {"name": "size", "title": f"cache: {what}", "bytes": size, "measured": measured}
+    for count, held in one.held.items():
+        parts = [f"{value:,.0f} MiB {where}" for where, value in held.items()]
+        what = f"{count} cached teacher{'' if count == 1 else 's'}" if count else "no teacher"
+        yield common | {
+            "name": f"memory {count}",
+            "title": f"peak memory, {what}",
+            "mib": held,
+            "measured": ", ".join(parts),
+        }
+
+
+def goals_of(one: Found) -> Iterator[dict[str, Any]]:
+    """Yield the goals of one task; those of what was not run are left out."""
+    times, task = one.times, one.world.title
+    for name, target in (("alone", 0.97), ("average 8", 0.87), ("default 8", 0.87)):
+        yield goal(f"{task}: {title(name)}, of the bare loop", times.ratio(name, "bare").median, target, "ratio")
+    for kind, target in (("average", 1.5), ("live", 1.0)):
+        for count in (1, 4):
+            name = f"{kind} {count}"
+            for other in rivals(times, name):
+                ratio = times.ratio(name, other).median
+                yield goal(f"{task}: {title(name)}, of {title(other)}", ratio, target, "ratio")
+    filling = one.filled.ratio("fill", "forward").median
+    yield goal(f"{task}: cache filled, of bare forward passes", filling, 0.9, "ratio")
+    for where in one.held.get(8, {}):
+        ratio = one.held[8][where] / one.held[1][where]
+        yield goal(f"{task}: peak memory ({where}), 8 cached teachers over 1", ratio, FLAT, "ratio", at_most=True)
+
+
+def shown(found: Sequence[Found], device: str) -> Iterator[str]:
+    """Yield rows and goals as lines."""
+    for row in (row for one in found for row in rows_of(one)):
+        yield " | ".join(str(row.get(key, "")) for key in COLUMNS)
+    for one in (one for part in found for one in goals_of(part)):
+        sign = "<=" if one["at_most"] else ">="
+        yield f"{'met   ' if one['met'] else 'missed'} {one['name']}: {one['value']:.3f} {sign} {one['target']}"
+    yield f"on {hardware(device)}"
+
+
+def hardware(device: str) -> str:
+    """Return what computed, in words."""
+    threads = torch.get_num_threads()
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()} and {threads} CPU threads"
+    return f"{threads} CPU thread{'' if threads == 1 else 's'}"
+
+
+def publish(found: Sequence[Found], device: str, peer: str | None) -> None:
+    """Write the results, their table and their plot."""
+    name = "training" if device == "cpu" else "training_gpu"
+    rounds = len(next(iter(found[0].times.seconds.values())))
+    beside = (
+        f"torchdistill {peer}: one module holds its teachers, a hook and a loss on each. Sample by sample is the way "
+        "of its sample configurations, with the number of data loader workers that was fastest "
+        f"({', '.join(str(one.workers) for one in found)}); whole batches come from a data set that makes them as the "
+        "bare loop does. It keeps no teacher outputs; replayed ones are added through its registries. The column "
+        '"times torchdistill" is against as many live teachers, sample by sample / whole batches.'
+        if peer is not None
+        else "torchdistill was not installed; its rows are missing."
+    )
+    note = (
+        f"{hardware(device)}; medians of {rounds} rounds, all rows of a task in turn in each; ratios are those within "
+        "a round, their median, least and largest. Every step has "
+        f"{BATCH} images on all sides: {LABELLED} labelled and {TAUGHT} taught ones where teachers teach. Random "
+        "pixels, shifts and flips, AdamW, float32, the same nets. A measurement is a whole call with "
+        f"{' and '.join(str(one.steps) for one in found)} steps: ours with its checkpoint, the bare loop without any "
+        f"logging and with its images on the device. Epochs are of {_epochs(found)} images. {beside} Memory: the peak "
+        "of a process that trains one epoch, mapped files included."
+    )
+    rows = [row for one in found for row in rows_of(one)]
+    write(name, rows, [one for part in found for one in goals_of(part)], COLUMNS, note)
+    plot(found, RESULTS / f"{name}.png")
+    for line in shown(found, device):
+        print(line)
+
+
+def _epochs(found: Sequence[Found]) -> str:
+    return " and ".join(f"{one.world.epoch:,}" for one in found)
+
+
+def plot(found: Sequence[Found], path: Path) -> None:
+    """Draw the rate of every training as a part of the bare loop's."""
+    from matplotlib.figure import Figure
+
+    most = max(len(one.times.seconds) for one in found)
+    figure = Figure(figsize=(6.5 * len(found), 0.34 * most + 1), layout="constrained")
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for axis, one in zip(axes, found, strict=True):
+        names = list(one.times.seconds)
+        for place, name in enumerate(names):
+            ratio = one.times.ratio(name, "bare")
+            colour = "tab:grey" if name.startswith("peer") else "black" if name == "bare" else "tab:blue"
+            axis.barh(place, ratio.median, color=colour)
+            axis.plot([ratio.least, ratio.largest], [place, place], color="0.3", lw=1.2)
+        axis.axvline(1, color="black", lw=0.8)
+        axis.set_yticks(range(len(names)), [title(name) for name in names], fontsize=8)
+        axis.invert_yaxis()
+        axis.set(title=one.world.title, xlabel="images per second, of the bare loop's")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

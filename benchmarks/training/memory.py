@@ -1,6 +1,6 @@
-"""Peak memory of a training with cached teachers, each in a process of its own.
+"""Memory of a training with cached teachers, each in a process of its own.
 
-python -m benchmarks.training.memory REQUEST, where REQUEST is the JSON of a `Request`, prints the peaks as JSON.
+python -m benchmarks.training.memory REQUEST, where REQUEST is the JSON of a `Request`, prints it as JSON.
 """
 
 from __future__ import annotations
@@ -48,16 +48,17 @@ class Request:
 
 
 def peaks(task: Task, counts: tuple[int, ...], device: torch.device) -> dict[int, dict[str, float]]:
-    """Return by number of teachers the peaks of an epoch [MiB]: `resident`, and `device` on a GPU.
+    """Return by number of teachers the memory after an epoch [MiB]: `own`, and the peak of the `device` on a GPU.
 
-    All that is read was written before, so that writing it has no part in the peaks. A resident page that belongs to a
-    mapped file counts, though it could be given back: the more so for what is read of the cache.
+    All that is read was written before, so that writing it has no part in it. Pages of mapped files are not counted:
+    the system takes them back when it needs them. The teachers have a thousand classes, so that the outputs of one
+    would show.
     """
     task.write()
     ours = Ours(task, torch.device("cpu"))
     for count in counts:
         if count:
-            ours.teaching("average", count)
+            ours.teaching("wide", count)
     found = {}
     for count in counts:
         request = Request(task.world.name, task.steps, str(task.folder), count, str(device), torch.get_num_threads())
@@ -68,25 +69,24 @@ def peaks(task: Task, counts: tuple[int, ...], device: torch.device) -> dict[int
 
 
 def measured(request: Request) -> dict[str, float]:
-    """Train in this process; return its peaks."""
+    """Train in this process; return the memory it has."""
     torch.set_num_threads(request.threads)
     device = torch.device(request.device)
     task = Task(WORLDS[request.world], request.steps, Path(request.folder))
     ours = Ours(task, device)
-    run = ours.cached("average", request.teachers) if request.teachers else ours.alone()
+    run = ours.cached("wide", request.teachers) if request.teachers else ours.alone()
     run()
-    found = {"resident": resident() / MIB}
+    found = {"own": own() / MIB}
     if device.type == "cuda":
         found["device"] = torch.cuda.max_memory_allocated(device) / MIB
     return found
 
 
-def resident() -> int:
-    """Return the most memory that this process had [bytes]."""
+def own() -> int:
+    """Return the memory that belongs to this process alone [bytes]; where nothing tells, all that it ever had."""
     with suppress(OSError):
-        # Where there is one: what getrusage calls the peak includes that of the process which started this one.
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -39,6 +39,7 @@ from pipeline.transport.ground_cost import cosine_cost
 TEMPERATURE = 4.0
 BLOCK, ROWS = 256, 4096  # images of a forward pass, and of one shard of the cache
 TOP = 10  # classes kept of many
+WIDE = 1000  # classes of the teachers whose outputs' place in memory is measured
 VIEWS = 4  # of each image, where the student cycles through as many as its teachers have seen
 NAMES = tuple(f"class {number}" for number in range(CLASSES))
 
@@ -47,6 +48,7 @@ _KD = objective_of(cross_entropy={}, kd={"temperature": TEMPERATURE})
 RECIPES: dict[str, tuple[ObjectiveSpec, bool]] = {
     "average": (_KD, False),
     "views": (_KD, False),
+    "wide": (_KD, False),
     "each": (objective_of(cross_entropy={}, transport={}), False),
     "default": (ObjectiveSpec(), True),
     "live": (objective_of(cross_entropy={}, own={f"{__name__}:LiveKD": {}}), False),
@@ -174,17 +176,19 @@ class Ours:
             return folder
         generator, as_one = torch.Generator().manual_seed(0), RECIPES[recipe][1]
         count, views = len(self.unlabelled), VIEWS if recipe == "views" else None
+        own = WIDE if recipe == "wide" else CLASSES
         names = ["together"] if as_one else [f"t{number}" for number in range(teachers)]
         speakers, costs = [], []
         for name in names:
-            home = self.task.folder / f"spoken-{name}-{views or 1}"
+            home = self.task.folder / f"spoken-{name}-{views or 1}-{own}"
             home.mkdir(exist_ok=True)
             if not (home / SPOKEN).exists():  # several recipes share it, and some may have it mapped
-                p = torch.softmax(3 * torch.randn((views or 1) * count, CLASSES, generator=generator), 1).half()
-                save_file({"p": p, "carried": p.clone()}, home / SPOKEN)
-            speakers.append(Speaker(name, NAMES, 1.0, str(home)))
-            centres = torch.randn(CLASSES, 16, generator=generator)
-            costs.append(cosine_cost(centres, centres))
+                carried = torch.softmax(3 * torch.randn((views or 1) * count, CLASSES, generator=generator), 1).half()
+                p = torch.rand(count, own, generator=generator).half() if own != CLASSES else carried.clone()
+                save_file({"p": p, "carried": carried}, home / SPOKEN)
+            speakers.append(Speaker(name, tuple(f"class {number}" for number in range(own)), 1.0, str(home)))
+            centres = torch.randn(own, 16, generator=generator)
+            costs.append(cosine_cost(centres, centres[:CLASSES]))
         shares = torch.rand(1, count, generator=generator) if as_one else torch.full((teachers, count), 1 / teachers)
         Teaching.save(folder, ids=self.unlabelled.ids, speakers=speakers, costs=costs, shares=shares, views=views)
         return folder

@@ -69,7 +69,8 @@ class World:
         torch.manual_seed(1 + number)
         name, kwargs = self.teachers[number % len(self.teachers)]
         net = getattr(nets, name)(CLASSES, in_channels=self.shape[0], **kwargs)
-        return net.eval().requires_grad_(False)
+        # For every side: it is the faster way.
+        return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 # A teacher is larger than its student: its forward pass costs about as much as a step of the student.

@@ -6,6 +6,7 @@ import typer
 
 from jobs.amalgamate import amalgamate
 from jobs.assess import assess
+from jobs.cache import cache
 from jobs.distill import distill
 from jobs.evaluate import evaluate
 from jobs.ingest import ingest
@@ -21,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (run, ingest, assess, select, amalgamate, distill, evaluate, register):
+for command in (run, ingest, assess, select, amalgamate, distill, evaluate, register, cache):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
 

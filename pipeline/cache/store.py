@@ -134,6 +134,10 @@ class OutputStore:
         entry.touch()
         return entry
 
+    def keys(self) -> list[str]:
+        """Return the keys of the entries that are there, sorted."""
+        return sorted(folder.name for folder in _folders_in(self.root, _KEY))
+
     def size(self) -> int:
         """Return the bytes of all files of entries, unfinished ones included."""
         return sum(_size_of(folder) for folder in _folders_in(self.root, _KEY))

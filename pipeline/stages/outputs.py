@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config import Settings
+from pipeline.report.console import Display
 from pipeline.stages.artefacts import digest_of
 from pipeline.stages.base import Run
 
@@ -55,7 +57,7 @@ class CachedTeacher:
         fingerprint = run.fingerprint(name)
         if spec.sha256 is None and (spec.path is None or not Path(spec.path).exists()):
             fingerprint = f"{fingerprint} of {run.files.identity}"
-        return cls(str(cache_root(run)), fingerprint, settings.precision, settings.top_k)
+        return cls(str(cache_root(run.settings)), fingerprint, settings.precision, settings.top_k)
 
     def entry(self, view: str, autocast: str) -> Entry:
         """Return the entry of one view, computed in one precision."""
@@ -96,10 +98,39 @@ class Output:
     note: str = ""
 
 
-def cache_root(run: Run) -> Path:
+def cache_root(settings: Settings) -> Path:
     """Return the cache's folder: that of the settings, or one beside the runs."""
-    given = run.settings.cache.path
-    return Path(given).expanduser().absolute() if given else run.files.root.parent / ".teacher-outputs"
+    given = settings.cache.path
+    return (
+        Path(given).expanduser().absolute() if given else Path(settings.run_dir).absolute().parent / ".teacher-outputs"
+    )
+
+
+def look_after(settings: Settings, *, verify: bool = False, display: Display | None = None) -> int:
+    """Bring the cache within its quota and print what is in it; with `verify` read all of it first.
+
+    Returns
+    -------
+    dropped : int
+        Files that were not what had been written, and are deleted.
+    """
+    from pipeline.cache.store import OutputStore
+
+    display, store = display or Display(), OutputStore(cache_root(settings), settings.cache.quota_bytes)
+    dropped = 0
+    if verify:
+        keys = store.keys()
+        with display.bar("cache", len(keys)) as advance:
+            for key in keys:
+                dropped += len(store.entry(key).verify())
+                advance(1)
+    evicted = store.evict()
+    display.note(
+        f"{store.root}: {len(store.keys())} entries (a view of a teacher each), {store.size() / 1e9:.2f} of "
+        f"{settings.cache.quota_gb:g} GB; {len(evicted)} evicted"
+        + (f", {dropped} damaged files deleted" if verify else "")
+    )
+    return dropped
 
 
 def tidy_cache(run: Run) -> None:
@@ -107,7 +138,7 @@ def tidy_cache(run: Run) -> None:
     from pipeline.cache.store import CacheError, OutputStore
 
     try:
-        OutputStore(cache_root(run), run.settings.cache.quota_bytes).evict()
+        OutputStore(cache_root(run.settings), run.settings.cache.quota_bytes).evict()
     except (CacheError, OSError) as error:  # someone else's files, say: no reason to end a run whose work is done
         run.display.warn(f"the cache of teacher outputs can't be tidied: {error}")
 

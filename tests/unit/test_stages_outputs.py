@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from pipeline.cache.store import CacheError
+from pipeline.config import load_settings
 from pipeline.data.spec import AugmentSpec
 from pipeline.models import nets
 from pipeline.models.spec import PreprocessingSpec
 from pipeline.models.teacher import Teacher, predict
-from pipeline.stages.outputs import CLEAN, CachedTeacher, Output, outputs_of, view_name
+from pipeline.stages.outputs import CLEAN, CachedTeacher, Output, cache_root, look_after, outputs_of, view_name
+from tests.tiny import make_settings
 
 GREY = PreprocessingSpec(channels=1, mean=(0.5,), std=(0.5,))
 IDS = np.random.default_rng(0).integers(0, 256, (20, 16), dtype=np.uint8)
@@ -117,6 +119,19 @@ def test_a_shard_cut_short_is_computed_again(tmp_path: Path) -> None:
     again = ask(cached(tmp_path), counted, [0, 1, 2])
     assert counted.shown == 6 and torch.equal(again.logits, first.logits)
     assert ask(cached(tmp_path), counted, [0, 1, 2]).computed == 0
+
+
+def test_the_cache_is_shown_and_a_damaged_file_is_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = load_settings([make_settings(tmp_path)], [f"cache.path={tmp_path / 'outputs'}"])
+    ask(cached(cache_root(settings)), Counted(), [0, 1, 2])
+    ask(cached(cache_root(settings), fingerprint="g"), Counted(), [0])
+    assert look_after(settings, verify=True) == 0
+    assert "2 entries" in capsys.readouterr().out
+    shard = next(cache_root(settings).rglob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1  # the size stays
+    shard.write_bytes(content)
+    assert look_after(settings, verify=True) == 1 and not shard.exists()
 
 
 def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

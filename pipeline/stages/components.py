@@ -242,6 +242,7 @@ def _train(run: Run, subtasks: Sequence[SubTask], arms: dict[str, Arm]) -> None:
             use_gpu=workers.gpus_per_worker > 0,
             max_failures=workers.max_failures,
             on_report=on_report,
+            on_term=True,
             verbose=run.verbose,
         )
     for name, (_, error) in zip(missing, results, strict=True):

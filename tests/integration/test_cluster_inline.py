@@ -12,6 +12,7 @@ import torch
 
 from pipeline.cluster.causes import is_death, is_memory, one_line, root_cause, training_line
 from pipeline.cluster.inline import bounds, fit_inline
+from pipeline.cluster.many import FitJob, fit_many
 from pipeline.cluster.measure import Meter
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.cluster.train import fit
@@ -115,7 +116,7 @@ def test_a_checkpoint_is_stored_while_the_loop_goes_on(tmp_path):
         assert store.newest() is None  # on its way, it does not count
         store.go.set()
         context.report({"step": 2}, folder_with(tmp_path / "s2", "x"))
-        assert store.newest().metrics == {"step": 0}  # the second one has waited for the first
+        assert store.whole()[0].metrics == {"step": 0}  # the second one has waited for the first
     assert store.begun == [0, 1]
     assert [saved.metrics["step"] for saved in store.whole()] == [0, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # and deleted
@@ -187,6 +188,17 @@ def test_sigterm_stores_a_checkpoint_and_ends_the_run(tmp_path):
     assert CheckpointStore(str(tmp_path / "runs"), "run").newest().metrics == {"step": 1}
     fit_inline(end_on_term, {"term_at": None, "scratch": str(tmp_path)}, **options)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_ends_all_the_runs_of_a_call(tmp_path):
+    runs = [FitJob(name, {"term_at": term, "scratch": str(tmp_path)}) for name, term in (("a", 1), ("b", None))]
+    options = {"num_workers": 0, "storage": str(tmp_path / "runs"), "on_term": True}
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        fit_many(end_on_term, runs, **options)
+    assert CheckpointStore(str(tmp_path / "runs"), "a").newest().metrics == {"step": 1}
+    assert CheckpointStore(str(tmp_path / "runs"), "b").newest() is None
+    runs[0].payload["term_at"] = None
+    assert [error for _, error in fit_many(end_on_term, runs, **options)] == [None, None]
 
 
 def need_memory(context, payload):

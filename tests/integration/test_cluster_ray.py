@@ -1,5 +1,6 @@
 """Trials, data-parallel training and tasks on one real Ray with two processors."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,12 +9,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 from torch import nn
 
 from pipeline.cluster.inline import fit_inline
+from pipeline.cluster.relay import Relay
 from pipeline.cluster.session import session
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.cluster.tasks import map_tasks
@@ -360,3 +363,32 @@ def test_an_inner_session_uses_the_outer_one(cluster):
     with session(ClusterSpec(num_cpus=1)):
         assert map_tasks(square, [2]) == [(4, None)]
     assert map_tasks(square, [5]) == [(25, None)]
+
+
+# --- the line to the driver -------------------------------------------------------------------------------------------
+
+
+def test_a_relay_goes_on_when_its_process_is_killed(cluster):
+    relay = Relay()
+    relay.push("report", {"step": 0})
+    assert relay.drain() == [("report", {"step": 0})]
+    before = {one.pid for one in relays()}
+    for process in relays():
+        process.kill()
+    relay.push("report", {"step": 1})
+    assert relay.drain() == [("report", {"step": 1})]
+    assert relays() and not before & {one.pid for one in relays()}
+    relay.close()
+    relay.push("report", {"step": 2})  # dropped, at once
+    assert relay.drain() == []
+
+
+def relays():
+    found = psutil.Process().children(recursive=True)
+    return [one for one in found if one.is_running() and any("RelayActor" in word for word in titles(one))]
+
+
+def titles(process):
+    with contextlib.suppress(psutil.Error):  # the dead have none
+        return process.cmdline()
+    return []

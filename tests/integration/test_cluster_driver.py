@@ -69,6 +69,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow  # tests/chaos kills a driver at every stage
 def test_a_killed_driver_is_quiet_leaves_no_worker_and_is_continued(tmp_path):
     driver = start(tmp_path, 10_000)
     lines = [driver.stdout.readline().split() for _ in range(3)]

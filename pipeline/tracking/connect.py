@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import threading
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, UserError
+from pipeline.tracking.entries import check_key, clean_text
+from pipeline.tracking.journal import FOLDER, Journal
 from pipeline.tracking.quiet import prepare
-from pipeline.tracking.redact import redact
+from pipeline.tracking.redact import one_line, redact
 from pipeline.tracking.spec import TrackingSpec
 from pipeline.tracking.tracker import NoTracker, Tracker
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+_log = logging.getLogger("pipeline.tracking")
 _DATABASE = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://")
 
 
@@ -147,14 +151,38 @@ def open_tracker(
         if store.kind == "server":
             check_server(store.uri, spec.timeout)
         prepare(verbose=verbose)
-        from pipeline.tracking.mlflow import open_run
+        from pipeline.tracking.mlflow import MlflowTracker, user
+        from pipeline.tracking.sender import open_run
 
         with _refusals(store), file_lock(store.folder and store.folder / ".mlflow.lock"):
             client = _open_client(store)
             experiment = _experiment(client, spec, store)
-            tracker = open_run(client, store.uri, experiment, name, key=key, parent=None)
-        with tracker.recording(tags, params):
-            yield tracker
+            key = None if key is None else check_key(key)
+            run, continued = open_run(client, experiment, clean_text(name)[:250], key, None, user=user())
+        folder = _journals(run_dir)
+        tracker = MlflowTracker(
+            store.uri,
+            run.info.run_id,
+            experiment,
+            continued=continued,
+            journal=Journal.create(folder, store.shown) if folder else None,
+            left=tuple(Journal.left(folder, store.shown)) if folder else (),
+            timeout=spec.timeout,
+        )
+        try:
+            with tracker.recording(tags, params):
+                yield tracker
+        finally:
+            left = tracker.close()
+            if left:
+                where = f"wait in {folder}; the next run in this folder sends them" if folder else "are lost"
+                _log.warning("MLflow at %s does not answer: %d records %s", store.shown, left, where)
+
+
+def records_wait(spec: TrackingSpec, run_dir: str | Path) -> bool:
+    """Return whether a former run in this folder left records that its store has not got yet."""
+    store, folder = find_store(spec, run_dir), _journals(run_dir)
+    return store.kind in ("database", "server", "other") and folder is not None and Journal.waiting(folder, store.shown)
 
 
 def check_server(uri: str, timeout: float) -> None:
@@ -253,8 +281,6 @@ def _experiment(client: MlflowClient, spec: TrackingSpec, store: Store) -> str:
 def _refusals(store: Store) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
-    from pipeline.tracking.mlflow import one_line
-
     try:
         yield
     except (MlflowException, OSError) as error:
@@ -272,6 +298,13 @@ def _refusals(store: Store) -> Iterator[None]:
         raise UserError(
             f"the tracking database {store.shown} can't be opened: {one_line(error)}; correct `tracking.uri`"
         ) from None
+
+
+def _journals(run_dir: str | Path) -> Path | None:
+    """Return where records wait for their store; None for a remote run folder."""
+    if "://" in str(run_dir) and not str(run_dir).startswith("file://"):
+        return None
+    return _local(run_dir) / FOLDER
 
 
 def _sqlite(path: Path, query: str, artifacts: str | None) -> Store:

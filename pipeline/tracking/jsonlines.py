@@ -117,6 +117,16 @@ class JsonLinesTracker:
         """Record rows in the line itself."""
         self._write("table", name=document_name(name), data=table_document(list(rows)))
 
+    def dataset(
+        self, name: str, *, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record which images the run used."""
+        found = {"digest": digest, "source": redact(source), "context": context, "profile": clean_document(profile)}
+        self._write("dataset", name=clean_text(name), **found)
+
+    def flush(self) -> None:
+        """Nothing waits: every line is written at once."""
+
     @contextlib.contextmanager
     def _open(
         self,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import getpass
-import logging
+import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,6 @@ from pipeline.tracking.entries import (
     check_key,
     clean_document,
     clean_metrics,
-    clean_name,
     clean_params,
     clean_tags,
     clean_text,
@@ -24,27 +26,26 @@ from pipeline.tracking.entries import (
     table_document,
 )
 from pipeline.tracking.quiet import prepare
-from pipeline.tracking.redact import redact
-from pipeline.tracking.tracker import ERROR_TAG, KEY_TAG, ending
+from pipeline.tracking.redact import one_line, redact
+from pipeline.tracking.sender import Sender
+from pipeline.tracking.tracker import ERROR_TAG, ending
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-_PARENT_TAG = "mlflow.parentRunId"
-_PARAMS_A_BATCH = 100
-_METRICS_A_BATCH = 1000
-_PAUSE_S = 60.0
-_OUTAGE_CODES = {"TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED"}
+    from pipeline.tracking.journal import Journal
 
-_log = logging.getLogger("pipeline.tracking")
+_PATIENCE_S = 60.0
+_AT_EXIT_S = 5.0
+_DIGEST_LIMIT = 36  # the width of MLflow's column
 
 
 class MlflowTracker:
     """One MLflow run.
 
-    What is recorded during the run is dropped, with one warning, while the store does not answer: hours of compute
-    don't end for a number that was not written. Opening a run, in contrast, must succeed.
+    What is recorded goes to a journal and from there, in the background and in order, to MLflow: recording returns at
+    once, and while the store does not answer nothing is lost. A record that the store refuses is left out with a
+    warning. Reading (:attr:`run_id` of a child, the registry) waits for the store.
 
     Parameters
     ----------
@@ -54,25 +55,53 @@ class MlflowTracker:
         An existing run and its experiment.
     continued : bool
         Whether the run held values before: points that it has already are then not recorded a second time.
+    journal : Journal, optional
+        Takes the records until they are sent; without it they wait in memory alone.
+    left : sequence of Journal
+        What former processes could not send; it goes first.
+    timeout : float
+        Seconds without an answer after which the end of the run does not wait any longer.
     """
 
-    def __init__(self, uri: str, run_id: str, experiment_id: str, *, continued: bool = False) -> None:
+    def __init__(
+        self,
+        uri: str,
+        run_id: str,
+        experiment_id: str,
+        *,
+        continued: bool = False,
+        journal: Journal | None = None,
+        left: Sequence[Journal] = (),
+        timeout: float = 10.0,
+    ) -> None:
         prepare()
         self._uri = uri
-        self._run_id = run_id
+        self._handle = run_id
         self._experiment_id = experiment_id
-        self._continued = continued
-        self._client: MlflowClient | None = None
-        self._outage = _Outage(redact(uri))
-        self._lock = threading.RLock()
-        self._known_params: dict[str, str] | None = None if continued else {}
-        self._known_points: dict[str, set[tuple[int, str]]] = {}
+        self._timeout = timeout
+        self._access = _Access(uri)
+        self._sender = Sender(
+            self._access.client,
+            experiment_id,
+            redact(uri),
+            {run_id: continued},
+            journal=journal,
+            left=left,
+            user=user(),
+        )
+        self._sender.start()
+        _at_exit(self._sender)
 
     def __repr__(self) -> str:
-        return f"MlflowTracker(uri={self.uri!r}, run_id={self._run_id!r})"
+        return f"MlflowTracker(uri={self.uri!r}, run={self._handle!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self._uri, "run_id": self._run_id, "experiment_id": self._experiment_id}
+        return {
+            "uri": self._uri,
+            "run_id": self.run_id,
+            "experiment_id": self._experiment_id,
+            "timeout": self._timeout,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Another process may have written meanwhile, so that this one has to look at what is there.
@@ -80,8 +109,14 @@ class MlflowTracker:
 
     @property
     def run_id(self) -> str:
-        """The run's identifier."""
-        return self._run_id
+        """The run's identifier; of a child run that is being opened it is waited for.
+
+        Raises
+        ------
+        StageError
+            When the store does not answer.
+        """
+        return self._sender.id_of(self._handle, max(self._timeout, _PATIENCE_S))
 
     @property
     def experiment_id(self) -> str:
@@ -100,12 +135,13 @@ class MlflowTracker:
 
     @property
     def client(self) -> MlflowClient:
-        """The client that all calls go through."""
-        if self._client is None:
-            from mlflow.tracking import MlflowClient
+        """A client of the store, for what is not recorded but read or registered; :meth:`flush` before."""
+        return self._access.client()
 
-            self._client = MlflowClient(self._uri, registry_uri=self._uri)
-        return self._client
+    @property
+    def waiting(self) -> int:
+        """Number of records on their way, those of parent and children included."""
+        return self._sender.waiting
 
     @contextlib.contextmanager
     def run(
@@ -116,24 +152,27 @@ class MlflowTracker:
         tags: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Iterator[MlflowTracker]:
-        """Open a child run, or continue the one with the same key.
-
-        Raises
-        ------
-        StageError
-            When the store can't be reached or refuses the run.
-        """
-        with self._lock, translated(self.uri):  # two threads with the same key share one run
-            child = open_run(
-                self.client, self._uri, self._experiment_id, name, key=key, parent=self._run_id, outage=self._outage
-            )
+        """Open a child run, or continue the one with the same key."""
+        child = object.__new__(MlflowTracker)
+        child.__dict__ |= self.__dict__ | {"_handle": uuid.uuid4().hex}
+        self._sender.put(
+            {
+                "do": "open",
+                "run": child._handle,
+                "parent": self._handle,
+                "name": clean_text(name)[:250],
+                # A record that is sent twice must not open two runs, so that every run has a key.
+                "key": check_key(key) if key is not None else child._handle,
+                "time": _now(),
+            }
+        )
         with child.recording(tags, params):
             yield child
 
     @contextlib.contextmanager
     def recording(self, tags: Mapping[str, Any] | None, params: Mapping[str, Any] | None) -> Iterator[None]:
         """Record `tags` and `params`, run the block and set the run's status by how the block ended."""
-        with ending(self._close):
+        with ending(self._end):
             if tags:
                 self.tags(tags)
             if params:
@@ -141,190 +180,109 @@ class MlflowTracker:
             yield
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Record parameters; one that the run holds with another value keeps it, and the new value becomes a tag.
-
-        Raises
-        ------
-        StageError
-            When the store refuses them.
-        """
-        texts = clean_params(values)
-        with self._lock:
-            known = self._params_of_run()
-            fresh = {name: text for name, text in texts.items() if name not in known}
-            changed = {name: text for name, text in texts.items() if name in known and known[name] != text}
-            known.update(fresh)
-        if fresh:
-            from mlflow.entities import Param
-
-            items = [Param(name, text) for name, text in fresh.items()]
-            for batch in _batches(items, _PARAMS_A_BATCH):
-                self._send(self.client.log_batch, self._run_id, params=batch)
-        if changed:  # MLflow's parameters are written once
-            self.tags({clean_name(f"changed.{name}"): text for name, text in changed.items()})
+        """Record parameters; one that the run holds with another value keeps it, and the new value becomes a tag."""
+        self._put("params", clean_params(values))
 
     def metrics(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Record numbers at a step; a point that a continued run holds already is not recorded again.
+        """Record numbers at a step; a point that a run holds at that step already is not recorded again.
+
+        Numbers without a step stand at 0 and are recorded whenever they change.
 
         Raises
         ------
         ValueError
             When a value is not a number.
-        StageError
-            When the store refuses them.
         """
-        from mlflow.entities import Metric
-
-        at, now = 0 if step is None else int(step), int(time.time() * 1000)
-        numbers = clean_metrics(values)
-        if self._continued:
-            numbers = {name: number for name, number in numbers.items() if not self._holds(name, at, number)}
-        items = [Metric(name, number, now, at) for name, number in numbers.items()]
-        for batch in _batches(items, _METRICS_A_BATCH):
-            self._send(self.client.log_batch, self._run_id, metrics=batch)
+        self._put("metrics", clean_metrics(values), step=None if step is None else int(step), time=_now())
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Set tags.
-
-        Raises
-        ------
-        StageError
-            When the store refuses them.
-        """
-        from mlflow.entities import RunTag
-
-        items = [RunTag(name, text) for name, text in clean_tags(values).items()]
-        for batch in _batches(items, _PARAMS_A_BATCH):
-            self._send(self.client.log_batch, self._run_id, tags=batch)
+        """Set tags."""
+        self._put("tags", clean_tags(values))
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Upload a file, or a folder's content.
+        """Upload a file, or a folder's content, as it is now.
 
         Raises
         ------
         FileNotFoundError
             When it does not exist.
-        StageError
-            When the store refuses it.
         """
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"the artefact {path} does not exist")
-        upload = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-        self._send(upload, self._run_id, str(path), folder)
+        kept = self._sender.keep(path)
+        self._sender.put({"do": "artifact", "run": self._handle, "name": path.name, "path": kept, "folder": folder})
 
     def document(self, name: str, data: Any) -> None:
         """Upload nested data as JSON."""
-        self._send(self.client.log_dict, self._run_id, clean_document(data), document_name(name))
+        self._sender.put(
+            {"do": "document", "run": self._handle, "name": document_name(name), "data": clean_document(data)}
+        )
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Upload rows as a table in JSON."""
         self.document(name, table_document(list(rows)))
 
-    def _close(self, status: str, reason: str | None) -> None:
-        # A store that refuses the status must not hide how the block ended.
-        with contextlib.suppress(StageError):
-            if reason:
-                self.tags({ERROR_TAG: reason})
-            self._send(self.client.set_terminated, self._run_id, status)
+    def dataset(
+        self, name: str, *, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record images that the run used as an input; the digest is cut to the 36 characters MLflow holds."""
+        self._sender.put(
+            {
+                "do": "dataset",
+                "run": self._handle,
+                "name": clean_text(name)[:500],
+                "digest": digest[:_DIGEST_LIMIT],
+                "source": json.dumps({"uri": redact(source)}),
+                "context": clean_text(context),
+                "profile": None if profile is None else json.dumps(clean_document(profile)),
+            }
+        )
 
-    def _params_of_run(self) -> dict[str, str]:
-        if self._known_params is None:
-            run = self._send(self.client.get_run, self._run_id)
-            self._known_params = dict(run.data.params) if run is not None else {}
-        return self._known_params
+    def flush(self) -> None:
+        """Wait until the store has all that was recorded.
 
-    def _holds(self, name: str, step: int, number: float) -> bool:
+        Raises
+        ------
+        StageError
+            When it does not answer.
+        """
+        if not self._sender.flush(self._timeout):
+            raise StageError(f"MLflow at {self.uri} does not answer, and {self._sender.waiting} records wait for it")
+
+    def close(self) -> int:
+        """End the recording of this run and its children; return the number of records that could not be sent.
+
+        They stay in the journal, where there is one, and the next run with the same folder sends them.
+        """
+        return self._sender.close(self._timeout)
+
+    def _put(self, what: str, values: Mapping[str, Any], **fields: Any) -> None:
+        if values:
+            self._sender.put({"do": what, "run": self._handle, "values": values, **fields})
+
+    def _end(self, status: str, reason: str | None) -> None:
+        if reason:
+            self.tags({ERROR_TAG: reason})
+        self._sender.put({"do": "end", "run": self._handle, "status": status, "time": _now()})
+
+
+class _Access:
+    """The client of a store, made when it is first needed."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._made: MlflowClient | None = None
+        self._lock = threading.Lock()
+
+    def client(self) -> MlflowClient:
         with self._lock:
-            if name not in self._known_points:
-                history = self._send(self.client.get_metric_history, self._run_id, name) or []
-                self._known_points[name] = {_point(metric) for metric in history}
-            return (step, repr(number)) in self._known_points[name]
+            if self._made is None:
+                from mlflow.tracking import MlflowClient
 
-    def _send(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Return what the client's call returns; None while the store does not answer."""
-        if self._outage.lasts():
-            return None
-        try:
-            return call(*arguments, **named)
-        except Exception as error:
-            if not _is_outage(error):
-                raise StageError(f"MLflow at {self.uri}: {one_line(error)}") from None
-            self._outage.begins(error)
-            return None
-
-
-class _Outage:
-    """Remembers that the store did not answer, so that not every call waits for it anew; shared by a run's children."""
-
-    def __init__(self, shown_uri: str) -> None:
-        self._shown_uri = shown_uri
-        self._until = 0.0
-        self._told = False
-
-    def lasts(self) -> bool:
-        return time.monotonic() < self._until
-
-    def begins(self, error: Exception) -> None:
-        self._until = time.monotonic() + _PAUSE_S
-        if not self._told:
-            self._told = True
-            _log.warning(
-                "MLflow at %s does not answer; the run goes on unrecorded: %s", self._shown_uri, one_line(error)
-            )
-
-
-def open_run(
-    client: MlflowClient,
-    uri: str,
-    experiment_id: str,
-    name: str,
-    *,
-    key: str | None,
-    parent: str | None,
-    outage: _Outage | None = None,
-) -> MlflowTracker:
-    """Continue the run that has this key under this parent, or create one.
-
-    Parameters
-    ----------
-    client : MlflowClient
-        A client of `uri`.
-    uri, experiment_id : str
-        The store and the experiment.
-    name : str
-        The run's name, where one is created.
-    key : str, optional
-        What the run is found again by; without it a run is always created.
-    parent : str, optional
-        The parent's run id.
-    """
-    tags = {"mlflow.source.name": "faculty", "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
-    if parent is not None:
-        tags[_PARENT_TAG] = parent
-    if key is not None:
-        tags[KEY_TAG] = check_key(key)
-        found = _find_run(client, experiment_id, key, parent)
-        if found is not None:
-            client.update_run(found.info.run_id, status="RUNNING")
-            if ERROR_TAG in found.data.tags:  # what went wrong the last time does not hold for this time
-                client.delete_tag(found.info.run_id, ERROR_TAG)
-            tracker = MlflowTracker(uri, found.info.run_id, experiment_id, continued=True)
-    if key is None or found is None:
-        created = client.create_run(experiment_id, tags=tags, run_name=clean_text(name)[:250])
-        tracker = MlflowTracker(uri, created.info.run_id, experiment_id)
-    tracker._client = client
-    if outage is not None:
-        tracker._outage = outage
-    return tracker
-
-
-def _find_run(client: MlflowClient, experiment_id: str, key: str, parent: str | None) -> Run | None:
-    query = f"tags.`{KEY_TAG}` = '{key}'"
-    if parent is not None:
-        query += f" and tags.`{_PARENT_TAG}` = '{parent}'"
-    found = client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"], max_results=1000)
-    return next((run for run in found if run.data.tags.get(_PARENT_TAG) == parent), None)
+                # Without a registry URI of its own the client would take one from the environment or the process.
+                self._made = MlflowClient(self._uri, registry_uri=self._uri)
+            return self._made
 
 
 @contextlib.contextmanager
@@ -338,32 +296,32 @@ def translated(shown_uri: str) -> Iterator[None]:
         raise StageError(f"MLflow at {redact(shown_uri)}: {one_line(error)}") from None
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message without credentials, in one line of at most 500 characters."""
-    text = " ".join(redact(str(error)).split()) or type(error).__name__
-    return text if len(text) <= 500 else f"{text[:497]}…"
-
-
-def _is_outage(error: Exception) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        # MLflow wraps a failed connection in an exception that has no code of its own, so the message tells.
-        return error.error_code in _OUTAGE_CODES or "API request to" in str(error)
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("requests.")
-
-
-def _point(metric: Any) -> tuple[int, str]:
-    return metric.step, repr(float(metric.value))
-
-
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _user() -> str:
+def user() -> str:
+    """Return the name of whoever runs this process."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container's user without a name
         return "unknown"
+
+
+def _at_exit(sender: Sender) -> None:
+    """Give a tracker that nobody closed, as a worker's, a little time to send the rest when the process ends."""
+    reference = weakref.ref(sender)
+
+    def finish() -> None:
+        if (left := reference()) is not None and left.waiting:
+            left.close(_AT_EXIT_S)
+
+    atexit.register(finish)
+
+
+def _now() -> int:
+    """Return the time in milliseconds, never the same twice: of two points at one time the larger one would count."""
+    global _latest
+    with _clock:
+        _latest = max(int(time.time() * 1000), _latest + 1)
+        return _latest
+
+
+_latest = 0
+_clock = threading.Lock()

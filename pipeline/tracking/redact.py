@@ -22,3 +22,9 @@ def redact(text: str) -> str:
     if "://" not in text:
         return text
     return _QUERY.sub(r"\1***", _RAW_PASSWORD.sub("", _USER_INFO.sub("", text)))
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without credentials, in one line of at most 500 characters."""
+    text = " ".join(redact(str(error)).split()) or type(error).__name__
+    return text if len(text) <= 500 else f"{text[:497]}…"

@@ -18,7 +18,7 @@ ERROR_TAG = "faculty.error"
 class Tracker(Protocol):
     """One run that is being recorded.
 
-    Recording never ends a run: when the store can't be reached, what was sent is dropped and one warning is logged.
+    Recording returns at once and never ends a run: while the store can't be reached, records wait for it.
     """
 
     @property
@@ -79,6 +79,16 @@ class Tracker(Protocol):
         """Keep rows as the artefact ``<name>.json``, laid out as a table."""
         ...
 
+    def dataset(
+        self, name: str, *, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record images that the run used: their fingerprint, where they come from, and what for (``training``)."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until the store has all that was recorded."""
+        ...
+
 
 class NoTracker:
     """Records nothing; its child runs are itself."""
@@ -121,6 +131,14 @@ class NoTracker:
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Drop it."""
+
+    def dataset(
+        self, name: str, *, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
+    ) -> None:
+        """Drop it."""
+
+    def flush(self) -> None:
+        """There is nothing to wait for."""
 
 
 @contextlib.contextmanager

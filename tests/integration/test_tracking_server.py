@@ -1,12 +1,10 @@
+import logging
 import math
 import os
-import socket
 import subprocess
 import sys
 import textwrap
-import time
-import urllib.error
-import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +12,11 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.tracking.connect import open_tracker
+from pipeline.tracking.connect import open_tracker, records_wait
 from pipeline.tracking.registry import register_student, registered
 from pipeline.tracking.resolve import load_mlflow_module
 from pipeline.tracking.spec import TrackingSpec
+from tests.loopback import TrackingServer
 
 pytestmark = [
     pytest.mark.integration,
@@ -37,40 +36,16 @@ class TinyClassifier(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Start a tracking server on a free port; gives its URI with credentials in it, and its folder."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        f"{folder}/artifacts",
-    ]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 240
-        while not _healthy(port):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.2)
-        yield f"http://someone:{SECRET}@127.0.0.1:{port}", folder
-    finally:
-        os.killpg(process.pid, 15)  # the session that was started above: the server and its worker
-        process.wait(30)
+def running(tmp_path_factory):
+    server = TrackingServer(tmp_path_factory.mktemp("server")).start()
+    yield server
+    server.stop()
 
 
-def _healthy(port):
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
+@pytest.fixture
+def server(running):
+    """The server's URI with credentials in it, and its folder."""
+    return f"http://someone:{SECRET}@127.0.0.1:{running.port}", running.folder
 
 
 def test_a_server_records_resumes_registers_and_never_sees_the_credentials(server, tmp_path, monkeypatch, capfd):
@@ -167,3 +142,48 @@ def test_two_processes_that_come_first_share_one_database(tmp_path):
     assert answers[0][1] == ""
     assert sorted(os.listdir(tmp_path)) == ["run"]
     assert sorted(os.listdir(tmp_path / "run")) == [".mlflow.lock", "mlflow.db"]
+
+
+def test_a_server_that_is_killed_and_comes_back_has_all_of_it_once(running, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    spec, run_dir, file = TrackingSpec(uri=running.uri, timeout=1), tmp_path / "run", tmp_path / "weights"
+
+    def epochs(tracker, name, numbers):
+        with tracker.run(name, key=name, params={"lr": 0.1}) as stage:
+            for epoch in numbers:
+                stage.metrics({"loss": 1 / (epoch + 1)}, step=epoch)
+            file.write_text(name)
+            stage.artifact(file)
+
+    with caplog.at_level(logging.WARNING, logger="pipeline.tracking"):
+        with open_tracker(spec, run_dir, name="run", key="outage") as tracker:
+            epochs(tracker, "before", range(3))
+            running.kill()
+            epochs(tracker, "during", range(50))
+            running.start()
+            epochs(tracker, "after", range(3))
+        assert not records_wait(spec, run_dir)
+        # Gone until after the end: the next run of the folder brings what is missing.
+        with open_tracker(spec, run_dir, name="run", key="outage") as tracker:
+            tracker.flush()
+            running.kill()
+            epochs(tracker, "late", range(3))
+        assert caplog.messages[-2].endswith("does not answer; records wait until it does: Connection refused")
+        assert " 8 records wait in" in caplog.messages[-1]  # a run, its parameters, 3 epochs, a file, two ends
+        assert records_wait(spec, run_dir)
+        running.start()
+        with open_tracker(spec, run_dir, name="run", key="outage") as tracker:
+            epochs(tracker, "late", range(2, 5))
+        assert not records_wait(spec, run_dir)
+    client, query = tracker.client, f"tags.`mlflow.parentRunId` = '{tracker.run_id}'"
+    runs = {run.info.run_name: run for run in client.search_runs([tracker.experiment_id], query)}
+    assert set(runs) == {"before", "during", "after", "late"}
+    for name, count in (("before", 3), ("during", 50), ("after", 3), ("late", 5)):
+        run = runs[name]
+        assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "0.1"})
+        history = client.get_metric_history(run.info.run_id, "loss")
+        assert sorted((point.step, point.value) for point in history) == [(n, 1 / (n + 1)) for n in range(count)]
+        assert Path(client.download_artifacts(run.info.run_id, "weights", tmp_path)).read_text() == name
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert not (run_dir / "tracking-journal").exists()

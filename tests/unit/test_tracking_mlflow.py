@@ -80,9 +80,15 @@ def test_a_resumed_pipeline_continues_its_runs_without_doubles(run_dir):
             raise ValueError("crash")
     with opened(run_dir, "resumed") as again:
         with again.run("stage", key="s", params={"lr": 0.1, "workers": 2}) as stage_again:
+            again.flush()
             assert again.client.get_run(stage.run_id).info.status == "RUNNING"
-            stage_again.metrics({"loss": 1.0}, step=1)
+            assert "faculty.error" not in again.client.get_run(stage.run_id).data.tags
+            stage_again.metrics({"loss": 1.25}, step=1)  # this epoch was recorded before the crash
             stage_again.metrics({"loss": 0.5}, step=2)
+            stage_again.metrics({"loss": 0.75}, step=2)  # reported again after a worker was lost
+            stage_again.metrics({"best": 0.5})
+            stage_again.metrics({"best": 0.5})
+            stage_again.metrics({"best": 0.25})
         with again.run("stage", key="other") as other:
             pass
     assert (again.run_id, stage_again.run_id) == (tracker.run_id, stage.run_id)
@@ -95,6 +101,8 @@ def test_a_resumed_pipeline_continues_its_runs_without_doubles(run_dir):
     assert "faculty.error" not in resumed.data.tags
     history = client.get_metric_history(stage.run_id, "loss")
     assert sorted((point.step, point.value) for point in history) == [(0, 2.0), (1, 1.0), (2, 0.5)]
+    assert sorted(point.value for point in client.get_metric_history(stage.run_id, "best")) == [0.25, 0.5]
+    assert resumed.data.metrics["best"] == 0.25
     assert resumed.data.params == {"lr": "0.1", "workers": "1"}
     assert resumed.data.tags["changed.workers"] == "2"
 
@@ -120,23 +128,59 @@ def test_threads_that_open_the_same_key_share_one_run(run_dir):
 
 
 def test_a_worker_may_be_sent_the_tracker(run_dir):
-    with opened(run_dir, "sent") as tracker:
-        tracker.metrics({"loss": 1.0}, step=1)
-        copy = pickle.loads(pickle.dumps(tracker))
+    with opened(run_dir, "sent") as tracker, tracker.run("child") as child:
+        child.metrics({"loss": 1.0}, step=1)
+        tracker.flush()
+        copy = pickle.loads(pickle.dumps(child))
         copy.metrics({"loss": 1.0}, step=1)  # there already
         copy.metrics({"loss": 0.5}, step=2)
-    assert len(tracker.client.get_metric_history(tracker.run_id, "loss")) == 2
+        copy.flush()
+        assert copy.run_id == child.run_id
+    assert len(tracker.client.get_metric_history(child.run_id, "loss")) == 2
 
 
-def test_what_the_store_refuses_is_a_stage_error_in_one_line(run_dir):
-    with opened(run_dir, "refused") as tracker:
-        pass
-    lost = MlflowTracker(tracker.uri, "0" * 32, tracker.experiment_id)
-    with pytest.raises(StageError, match=r"MLflow at sqlite:.*not found") as caught:
-        lost.metrics({"a": 1.0})
-    assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError):
-        tracker.artifact(run_dir / "missing")
+def test_what_the_store_refuses_costs_one_line_and_nothing_else(run_dir, caplog):
+    with caplog.at_level(logging.WARNING, logger="pipeline.tracking"), opened(run_dir, "refused") as tracker:
+        tracker.client.delete_run(tracker.run_id)
+        with tracker.run("lost") as lost:
+            lost.metrics({"a": 1.0})
+        tracker.metrics({"b": 1.0})
+        tracker.flush()
+        tracker.client.restore_run(tracker.run_id)
+        tracker.metrics({"c": 1.0})
+        with pytest.raises(FileNotFoundError):
+            tracker.artifact(run_dir / "missing")
+    run = tracker.client.get_run(tracker.run_id)
+    assert (run.data.metrics, run.info.status) == ({"c": 1.0}, "FINISHED")
+    told = [record.getMessage() for record in caplog.records]
+    assert any("refused metrics b" in line for line in told)
+    assert all("\n" not in line for line in told)
+
+
+def test_data_sets_and_files_are_kept_as_they_were(run_dir):
+    changing = run_dir / "changing.txt"
+    changing.write_text("before")
+    with opened(run_dir, "inputs") as tracker:
+        for _ in range(2):
+            tracker.dataset(
+                "images", digest="f" * 64, source=f"s3://u:{SECRET}@b/i", context="training", profile={"n": 3}
+            )
+        tracker.artifact(changing, "folder")
+        changing.unlink()
+        changing.write_text("after")
+        (run_dir / "tree" / "inner").mkdir(parents=True)
+        (run_dir / "tree" / "inner" / "leaf").write_text("leaf")
+        tracker.artifact(run_dir / "tree")
+    run = tracker.client.get_run(tracker.run_id)
+    (image,) = run.inputs.dataset_inputs
+    assert (image.dataset.name, image.dataset.digest) == ("images", "f" * 36)
+    assert image.dataset.source == '{"uri": "s3://b/i"}'
+    assert image.dataset.profile == '{"n": 3}'
+    assert [(tag.key, tag.value) for tag in image.tags] == [("mlflow.data.context", "training")]
+    stored = run_dir / "mlartifacts" / tracker.run_id / "artifacts"
+    assert (stored / "folder" / "changing.txt").read_text() == "before"
+    assert (stored / "inner" / "leaf").read_text() == "leaf"
+    assert not (run_dir / "tracking-journal").exists()
 
 
 def test_a_deleted_experiment_is_refused_with_a_remedy(run_dir):
@@ -150,20 +194,21 @@ def test_a_deleted_experiment_is_refused_with_a_remedy(run_dir):
         pytest.fail("the block must not be entered")
 
 
-def test_an_outage_costs_one_warning_and_not_the_run(caplog, monkeypatch):
+def test_an_outage_costs_one_warning_and_no_time(caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.socket() as closed, caplog.at_level(logging.WARNING, logger="pipeline.tracking"):
         closed.bind(("127.0.0.1", 0))
         uri = f"http://u:{SECRET}@127.0.0.1:{closed.getsockname()[1]}"
-        tracker = MlflowTracker(uri, "0" * 32, "1")
+        tracker = MlflowTracker(uri, "0" * 32, "1", timeout=0.1)
         tracker.metrics({"a": 1.0})
-        closed.listen()
-        closed.setblocking(False)
         tracker.tags({"a": 1})
-        tracker.params({"a": 1})
-        with pytest.raises(BlockingIOError):  # a store that was down is left alone for a while, not asked at every call
-            closed.accept()
+        with tracker.run("child") as child:
+            child.params({"a": 1})
+        with pytest.raises(StageError, match="does not answer, and 5 records wait"):
+            for _ in range(100):  # only an attempt that failed tells that nobody is there
+                tracker.flush()
+        assert tracker.close() == 5
     assert [record.levelname for record in caplog.records if record.name == "pipeline.tracking"] == ["WARNING"]
     assert "does not answer" in caplog.text
     assert SECRET not in caplog.text

@@ -25,6 +25,8 @@ def test_no_tracker_takes_everything_and_is_its_own_child():
         child.artifact("nowhere")
         child.document("d", {})
         child.table("t", [])
+        child.dataset("d", digest="f", source="s", context="training")
+        child.flush()
         assert child is tracker
     assert (tracker.run_id, tracker.uri) == (None, None)
 
@@ -38,13 +40,26 @@ def test_json_lines_hold_what_was_recorded(tmp_path):
         tracker.metrics({"loss": 0.5, "bad": float("inf")}, step=2)
         tracker.artifact(tmp_path / "file.txt", "folder")
         tracker.table("rows", [{"x": 1}])
+        tracker.dataset("images", digest="f0", source=f"s3://u:{SECRET}@b", context="test", profile={"n": 3})
+        tracker.flush()
         with pytest.raises(FileNotFoundError):
             tracker.artifact(tmp_path / "missing")
     events = list(read_events(path))
-    assert [event["event"] for event in events] == ["start", "tags", "params", "metrics", "artifact", "table", "end"]
+    assert [event["event"] for event in events] == [
+        "start",
+        "tags",
+        "params",
+        "metrics",
+        "artifact",
+        "table",
+        "dataset",
+        "end",
+    ]
     assert events[2]["values"] == {"a.b": "http://h"}
     assert (events[3]["step"], events[3]["values"]) == (2, {"loss": 0.5, "bad": None})
     assert events[5]["data"] == {"columns": ["x"], "data": [[1]]}
+    found = {key: events[6][key] for key in ("name", "digest", "source", "context", "profile")}
+    assert found == {"name": "images", "digest": "f0", "source": "s3://b", "context": "test", "profile": {"n": 3}}
     assert {event["run"] for event in events} == {tracker.run_id}
     assert SECRET not in path.read_text()
 

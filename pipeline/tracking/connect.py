@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,7 @@ def open_tracker(
     tags: Mapping[str, Any] | None = None,
     params: Mapping[str, Any] | None = None,
     verbose: bool = False,
+    wait: bool = True,
 ) -> Iterator[Tracker]:
     """Open the run that a pipeline records itself in.
 
@@ -126,6 +128,8 @@ def open_tracker(
         Recorded at once.
     verbose : bool
         Let MLflow log at its own levels.
+    wait : bool
+        Whether the store must answer now. Without it the run is opened in the background, once the store is there.
 
     Yields
     ------
@@ -148,27 +152,34 @@ def open_tracker(
                 lines.params(params)
             yield lines
     else:
-        if store.kind == "server":
+        if store.kind == "server" and wait:
             check_server(store.uri, spec.timeout)
         prepare(verbose=verbose)
         from pipeline.tracking.mlflow import MlflowTracker, user
         from pipeline.tracking.sender import open_run
 
-        with _refusals(store), file_lock(store.folder and store.folder / ".mlflow.lock"):
-            client = _open_client(store)
-            experiment = _experiment(client, spec, store)
-            key = None if key is None else check_key(key)
-            run, continued = open_run(client, experiment, clean_text(name)[:250], key, None, user=user())
         folder = _journals(run_dir)
-        tracker = MlflowTracker(
-            store.uri,
-            run.info.run_id,
-            experiment,
-            continued=continued,
-            journal=Journal.create(folder, store.shown) if folder else None,
-            left=tuple(Journal.left(folder, store.shown)) if folder else (),
-            timeout=spec.timeout,
-        )
+        journals: dict[str, Any] = {
+            "journal": Journal.create(folder, store.shown) if folder else None,
+            "left": tuple(Journal.left(folder, store.shown)) if folder else (),
+            "timeout": spec.timeout,
+        }
+        if wait:
+            with _refusals(store), file_lock(store.folder and store.folder / ".mlflow.lock"):
+                client = _open_client(store)
+                experiment = _experiment(client, spec, store)
+                key = None if key is None else check_key(key)
+                run, continued = open_run(client, experiment, clean_text(name)[:250], key, None, user=user())
+            tracker = MlflowTracker(store.uri, run.info.run_id, experiment, continued=continued, **journals)
+        else:
+            handle = uuid.uuid4().hex
+
+            def find() -> str:
+                with file_lock(store.folder and store.folder / ".mlflow.lock"):
+                    return _experiment(tracker.client, spec, store)
+
+            tracker = MlflowTracker(store.uri, handle, find, exists=False, **journals)
+            tracker.opened(name, key=key)
         try:
             with tracker.recording(tags, params):
                 yield tracker

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +51,14 @@ class MlflowTracker:
     ----------
     uri : str
         The tracking URI; it may carry credentials, which are never shown.
-    run_id, experiment_id : str
-        An existing run and its experiment.
+    run_id : str
+        An existing run; or a handle of one that :meth:`opened` asks for.
+    experiment_id : str or callable
+        Its experiment, or what finds it when it is needed.
     continued : bool
         Whether the run held values before: points that it has already are then not recorded a second time.
+    exists : bool
+        Whether `run_id` is one of the store.
     journal : Journal, optional
         Takes the records until they are sent; without it they wait in memory alone.
     left : sequence of Journal
@@ -67,9 +71,10 @@ class MlflowTracker:
         self,
         uri: str,
         run_id: str,
-        experiment_id: str,
+        experiment_id: str | Callable[[], str],
         *,
         continued: bool = False,
+        exists: bool = True,
         journal: Journal | None = None,
         left: Sequence[Journal] = (),
         timeout: float = 10.0,
@@ -77,14 +82,13 @@ class MlflowTracker:
         prepare()
         self._uri = uri
         self._handle = run_id
-        self._experiment_id = experiment_id
         self._timeout = timeout
         self._access = _Access(uri)
         self._sender = Sender(
             self._access.client,
             experiment_id,
             redact(uri),
-            {run_id: continued},
+            {run_id: continued} if exists else {},
             journal=journal,
             left=left,
             user=user(),
@@ -99,7 +103,7 @@ class MlflowTracker:
         return {
             "uri": self._uri,
             "run_id": self.run_id,
-            "experiment_id": self._experiment_id,
+            "experiment_id": self.experiment_id,
             "timeout": self._timeout,
         }
 
@@ -121,7 +125,7 @@ class MlflowTracker:
     @property
     def experiment_id(self) -> str:
         """The experiment's identifier."""
-        return self._experiment_id
+        return self._sender.experiment_id
 
     @property
     def uri(self) -> str:
@@ -155,19 +159,23 @@ class MlflowTracker:
         """Open a child run, or continue the one with the same key."""
         child = object.__new__(MlflowTracker)
         child.__dict__ |= self.__dict__ | {"_handle": uuid.uuid4().hex}
+        child.opened(name, key=key, parent=self._handle)
+        with child.recording(tags, params):
+            yield child
+
+    def opened(self, name: str, *, key: str | None, parent: str | None = None) -> None:
+        """Ask for the run of this tracker to be opened, or continued where there is one with the same key."""
         self._sender.put(
             {
                 "do": "open",
-                "run": child._handle,
-                "parent": self._handle,
+                "run": self._handle,
+                "parent": parent,
                 "name": clean_text(name)[:250],
                 # A record that is sent twice must not open two runs, so that every run has a key.
-                "key": check_key(key) if key is not None else child._handle,
+                "key": check_key(key) if key is not None else self._handle,
                 "time": _now(),
             }
         )
-        with child.recording(tags, params):
-            yield child
 
     @contextlib.contextmanager
     def recording(self, tags: Mapping[str, Any] | None, params: Mapping[str, Any] | None) -> Iterator[None]:

@@ -75,8 +75,8 @@ class Sender:
     ----------
     client : callable
         Gives the client; called in the sending thread.
-    experiment_id : str
-        The experiment of new runs.
+    experiment : str or callable
+        The experiment of new runs: its id, or what finds it, called in the sending thread.
     shown_uri : str
         The store without credentials.
     roots : mapping of str to bool
@@ -92,7 +92,7 @@ class Sender:
     def __init__(
         self,
         client: Callable[[], MlflowClient],
-        experiment_id: str,
+        experiment: str | Callable[[], str],
         shown_uri: str,
         roots: dict[str, bool],
         *,
@@ -100,11 +100,11 @@ class Sender:
         left: Iterable[Journal] = (),
         user: str = "unknown",
     ) -> None:
-        self._client, self._experiment_id, self._shown_uri, self._user = client, experiment_id, shown_uri, user
+        self._client, self._experiment, self._shown_uri, self._user = client, experiment, shown_uri, user
         self._journal = journal
         self._ids: dict[str, str | None] = {run_id: run_id for run_id in roots}
         self._states = {run_id: _State(run_id, continued) for run_id, continued in roots.items()}
-        self._by_key: dict[tuple[str, str], str] = {}
+        self._by_key: dict[tuple[str | None, str], str] = {}
         self._queue: deque[_Item] = deque()
         self._later: deque[_Item] = deque()  # uploads that failed, so that they don't hold up the numbers
         self._pauses = {"numbers": _Pause(), "uploads": _Pause()}
@@ -152,6 +152,13 @@ class Sender:
         """Number of records that were not sent yet."""
         with self._changed:
             return len(self._queue) + len(self._later)
+
+    @property
+    def experiment_id(self) -> str:
+        """The experiment of new runs; asks the store where that is not known yet."""
+        if not isinstance(self._experiment, str):
+            self._experiment = self._experiment()
+        return self._experiment
 
     def id_of(self, handle: str, timeout: float) -> str:
         """Return a run's identifier in the store; wait for it.
@@ -307,7 +314,7 @@ class Sender:
         if "failed with exception" in str(error) or not _from_mlflow(error):
             return False  # nobody answered
         try:
-            self._client().get_experiment(self._experiment_id)
+            self._client().search_experiments(max_results=1)
         except Exception:
             item.doubts = 0
             return False
@@ -413,7 +420,7 @@ class Sender:
             parent, known = self._ids.get(record["parent"]), record["run"] in self._ids
         if known:
             return
-        if parent is None:
+        if parent is None and record["parent"] is not None:
             with self._changed:
                 self._ids[record["run"]] = None
             raise _Refused("its parent could not be opened")
@@ -423,7 +430,7 @@ class Sender:
             try:
                 run, continued = open_run(
                     client,
-                    self._experiment_id,
+                    self.experiment_id,
                     record["name"],
                     key,
                     parent,

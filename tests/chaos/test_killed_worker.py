@@ -31,7 +31,7 @@ PATIENCE_S = 100.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(no_cluster: None) -> Iterator[None]:
     with session(ClusterSpec(num_cpus=2)):
         yield
     until(lambda: not psutil.Process().children(recursive=True), "processes of Ray stay")

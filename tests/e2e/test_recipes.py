@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,8 +10,6 @@ import pytest
 import torch
 import yaml
 
-from pipeline.cluster.session import session
-from pipeline.cluster.spec import ClusterSpec
 from pipeline.config import load_settings
 from pipeline.engine.teaching import Teaching
 from pipeline.errors import ConfigError
@@ -27,13 +24,12 @@ TRACKING = "tracking.enabled=false"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def world(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     make_data(folder)
     make_zoo(folder)
     make_settings(folder)
-    with session(ClusterSpec(num_cpus=2)):
-        yield folder
+    return folder
 
 
 def run(world: Path, recipe: str, *overrides: str, until: str = "evaluate") -> dict[str, Record]:

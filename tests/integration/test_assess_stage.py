@@ -12,8 +12,6 @@ import yaml
 from rich.console import Console
 from safetensors import safe_open
 
-from pipeline.cluster.session import session
-from pipeline.cluster.spec import ClusterSpec
 from pipeline.config import load_settings
 from pipeline.models.catalogue import write_catalogue
 from pipeline.models.zoo import load_zoo
@@ -24,12 +22,6 @@ from tests import tiny
 pytestmark = pytest.mark.integration
 
 COPIES = 3  # of every teacher: twins whose weights differ a little
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with session(ClusterSpec(num_cpus=2)):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,9 @@ import numpy as np
 import pytest
 
 from pipeline.cluster.blocks import Block, Group, map_blocks
-from pipeline.cluster.session import session
-from pipeline.cluster.spec import ClusterSpec
 from pipeline.errors import UserError
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with session(ClusterSpec(num_cpus=2, num_gpus=1)):
-        yield
 
 
 class Teacher:

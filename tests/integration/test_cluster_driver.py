@@ -95,7 +95,7 @@ def test_a_killed_driver_is_quiet_leaves_no_worker_and_is_continued(tmp_path):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
-def test_a_cluster_that_is_not_there_is_one_line(address, monkeypatch):
+def test_a_cluster_that_is_not_there_is_one_line(no_cluster, address, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with (
         tempfile.TemporaryDirectory(prefix="f", dir="/tmp") as empty,
@@ -108,7 +108,7 @@ def test_a_cluster_that_is_not_there_is_one_line(address, monkeypatch):
     assert repr(address) in str(caught.value)
 
 
-def test_a_temp_dir_too_long_for_a_socket_is_refused(tmp_path):
+def test_a_temp_dir_too_long_for_a_socket_is_refused(no_cluster, tmp_path):
     with (
         pytest.raises(ConfigError, match=r"cluster\.temp_dir .* too long"),
         session(ClusterSpec(temp_dir=str(tmp_path / ("x" * 60)))),

@@ -8,19 +8,11 @@ from threading import Event
 
 import pytest
 
-from pipeline.cluster.session import session
-from pipeline.cluster.spec import ClusterSpec
 from pipeline.cluster.train import fit
 from pipeline.engine.checkpoint import CheckpointStore
 from pipeline.errors import ConfigError, StageError, UserError
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with session(ClusterSpec(num_cpus=2)):
-        yield
 
 
 def checkpoint(context, step, size=1):

@@ -13,17 +13,9 @@ import pytest
 import ray
 
 from pipeline.cluster.many import FitJob, fit_many
-from pipeline.cluster.session import session
-from pipeline.cluster.spec import ClusterSpec
 from pipeline.errors import ConfigError, UserError
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with session(ClusterSpec(num_cpus=2)):
-        yield
 
 
 def count(context, payload):

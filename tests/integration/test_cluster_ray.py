@@ -27,12 +27,6 @@ from pipeline.errors import StageError, UserError
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    with session(ClusterSpec(num_cpus=2)):
-        yield
-
-
 # --- trials -----------------------------------------------------------------------------------------------------------
 
 

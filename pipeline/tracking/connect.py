@@ -155,8 +155,8 @@ def open_tracker(
         if store.kind == "server" and wait:
             check_server(store.uri, spec.timeout)
         prepare(verbose=verbose)
+        from pipeline.tracking.delivery import open_run
         from pipeline.tracking.mlflow import MlflowTracker, user
-        from pipeline.tracking.sender import open_run
 
         folder = _journals(run_dir)
         journals: dict[str, Any] = {

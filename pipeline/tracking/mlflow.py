@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageError
+from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.entries import (
     check_key,
     clean_document,
@@ -84,15 +85,8 @@ class MlflowTracker:
         self._handle = run_id
         self._timeout = timeout
         self._access = _Access(uri)
-        self._sender = Sender(
-            self._access.client,
-            experiment_id,
-            redact(uri),
-            {run_id: continued} if exists else {},
-            journal=journal,
-            left=left,
-            user=user(),
-        )
+        self._delivery = Delivery(self._access.client, experiment_id, {run_id: continued} if exists else {}, user())
+        self._sender = Sender(self._delivery, redact(uri), journal=journal, left=left)
         self._sender.start()
         _at_exit(self._sender)
 
@@ -125,7 +119,7 @@ class MlflowTracker:
     @property
     def experiment_id(self) -> str:
         """The experiment's identifier."""
-        return self._sender.experiment_id
+        return self._delivery.experiment_id
 
     @property
     def uri(self) -> str:

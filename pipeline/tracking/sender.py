@@ -8,22 +8,16 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import StageError
-from pipeline.tracking.entries import clean_name
+from pipeline.tracking.delivery import Delivery, Refused, is_outage
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.redact import one_line
-from pipeline.tracking.tracker import ERROR_TAG, KEY_TAG
 
-if TYPE_CHECKING:
-    from mlflow.entities import Run
-    from mlflow.tracking import MlflowClient
-
-PARENT_TAG = "mlflow.parentRunId"
 _BATCHED = ("params", "metrics", "tags")
 _MOST = {"params": 100, "metrics": 1000, "tags": 100}  # of one request, as MLflow's servers have it
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
@@ -54,16 +48,6 @@ class _Item:
         return path if self.journal is None else self.journal.path.parent / path
 
 
-@dataclass
-class _State:
-    """What a run of the store holds already, as far as it had to be looked up."""
-
-    run_id: str
-    continued: bool
-    params: dict[str, str] = field(default_factory=dict)
-    points: dict[str, dict[int, set[str]]] = field(default_factory=dict)
-
-
 class Sender:
     """A queue of records for one store, and the thread that empties it.
 
@@ -73,38 +57,25 @@ class Sender:
 
     Parameters
     ----------
-    client : callable
-        Gives the client; called in the sending thread.
-    experiment : str or callable
-        The experiment of new runs: its id, or what finds it, called in the sending thread.
+    delivery : Delivery
+        Makes the calls; used in the sending thread.
     shown_uri : str
         The store without credentials.
-    roots : mapping of str to bool
-        Runs that exist, and whether they held values before.
     journal : Journal, optional
         Takes new records.
     left : iterable of Journal
         Of former processes; sent first.
-    user : str
-        Whom new runs belong to.
     """
 
     def __init__(
         self,
-        client: Callable[[], MlflowClient],
-        experiment: str | Callable[[], str],
+        delivery: Delivery,
         shown_uri: str,
-        roots: dict[str, bool],
         *,
         journal: Journal | None = None,
         left: Iterable[Journal] = (),
-        user: str = "unknown",
     ) -> None:
-        self._client, self._experiment, self._shown_uri, self._user = client, experiment, shown_uri, user
-        self._journal = journal
-        self._ids: dict[str, str | None] = {run_id: run_id for run_id in roots}
-        self._states = {run_id: _State(run_id, continued) for run_id, continued in roots.items()}
-        self._by_key: dict[tuple[str | None, str], str] = {}
+        self._delivery, self._shown_uri, self._journal = delivery, shown_uri, journal
         self._queue: deque[_Item] = deque()
         self._later: deque[_Item] = deque()  # uploads that failed, so that they don't hold up the numbers
         self._pauses = {"numbers": _Pause(), "uploads": _Pause()}
@@ -153,13 +124,6 @@ class Sender:
         with self._changed:
             return len(self._queue) + len(self._later)
 
-    @property
-    def experiment_id(self) -> str:
-        """The experiment of new runs; asks the store where that is not known yet."""
-        if not isinstance(self._experiment, str):
-            self._experiment = self._experiment()
-        return self._experiment
-
     def id_of(self, handle: str, timeout: float) -> str:
         """Return a run's identifier in the store; wait for it.
 
@@ -170,9 +134,9 @@ class Sender:
         """
         deadline = time.monotonic() + timeout
         with self._changed:
-            while handle not in self._ids and (left := deadline - time.monotonic()) > 0:
+            while handle not in self._delivery.ids and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
-            found = self._ids.get(handle)
+            found = self._delivery.ids.get(handle)
         if found is None:
             raise StageError(f"MLflow at {self._shown_uri} has no such run yet; it does not answer, or refused it")
         return found
@@ -278,7 +242,8 @@ class Sender:
         pause = self._pauses["uploads" if upload else "numbers"]
         try:
             self._uploading = upload
-            self._deliver(items)
+            path = items[0].path if items[0].record["do"] == "artifact" else None
+            self._delivery.send([item.record for item in items], path)
         except Exception as error:
             again = _worth_another(items[0], error) if upload else False
             if again or (is_outage(error) and not self._to_blame(items[0], error)):
@@ -287,7 +252,7 @@ class Sender:
             if len(items) > 1:  # one of them is refused, which is not the others' fault
                 return all(self._try([item]) for item in items)
             # What belongs to a run that was refused is refused with it: one line is enough.
-            level = logging.DEBUG if isinstance(error, _Refused) else logging.WARNING
+            level = logging.DEBUG if isinstance(error, Refused) else logging.WARNING
             what = _described(items[0].record)
             _log.log(level, "MLflow at %s refused %s: %s", self._shown_uri, what, one_line(error))
         else:
@@ -311,10 +276,10 @@ class Sender:
 
     def _to_blame(self, item: _Item, error: Exception) -> bool:
         """Whether the store stumbles over this very record: it answers, with an error, and other calls without one."""
-        if "failed with exception" in str(error) or not _from_mlflow(error):
+        if "failed with exception" in str(error) or not isinstance(error, _mlflow_exception()):
             return False  # nobody answered
         try:
-            self._client().search_experiments(max_results=1)
+            self._delivery.client().search_experiments(max_results=1)
         except Exception:
             item.doubts = 0
             return False
@@ -342,115 +307,6 @@ class Sender:
             if item.record["do"] == "artifact" and not Path(item.record["path"]).is_absolute():
                 shutil.rmtree(item.path, ignore_errors=True)
 
-    def _deliver(self, items: list[_Item]) -> None:
-        record = items[0].record
-        if record["do"] == "open":
-            self._open(record)
-            return
-        with self._changed:
-            run_id = self._ids.get(record["run"])
-        if run_id is None:
-            raise _Refused("its run could not be opened")
-        state, client = self._states[run_id], self._client()
-        match record["do"]:
-            case "artifact":
-                upload = client.log_artifacts if items[0].path.is_dir() else client.log_artifact
-                upload(run_id, str(items[0].path), record["folder"])
-            case "document":
-                client.log_dict(run_id, record["data"], record["name"])
-            case "dataset":
-                client.log_inputs(run_id, datasets=[_dataset(record)])
-            case "end":
-                client.set_terminated(run_id, record["status"], end_time=record["time"])
-            case _:
-                self._log_batch(client, state, [item.record for item in items])
-
-    def _log_batch(self, client: MlflowClient, state: _State, records: list[dict[str, Any]]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        params: dict[str, str] = {}
-        tags: dict[str, str] = {}
-        metrics: list[Metric] = []
-        new: dict[str, dict[int, set[str]]] = {}
-        for record in records:
-            if record["do"] == "tags":
-                tags |= record["values"]
-            elif record["do"] == "params":
-                known = self._params(client, state) | params
-                params |= {name: text for name, text in record["values"].items() if name not in known}
-                # MLflow's parameters are written once.
-                changed = {name: text for name, text in record["values"].items() if known.get(name, text) != text}
-                tags |= {clean_name(f"changed.{name}"): text for name, text in changed.items()}
-            else:
-                step, summary = record["step"] or 0, record["step"] is None
-                for name, number in record["values"].items():
-                    held = self._held(client, state, name, step) | new.get(name, {}).get(step, set())
-                    if not held or (summary and repr(number) not in held):
-                        metrics.append(Metric(name, number, record["time"], step))
-                        new.setdefault(name, {}).setdefault(step, set()).add(repr(number))
-        client.log_batch(
-            state.run_id,
-            metrics=metrics,
-            params=[Param(name, text) for name, text in params.items()],
-            tags=[RunTag(name, text) for name, text in tags.items()],
-        )
-        state.params |= params
-        for name, points in new.items():
-            for step, numbers in points.items():
-                state.points[name].setdefault(step, set()).update(numbers)
-
-    def _params(self, client: MlflowClient, state: _State) -> dict[str, str]:
-        if state.continued and not state.params:
-            state.params = dict(client.get_run(state.run_id).data.params)
-        return state.params
-
-    def _held(self, client: MlflowClient, state: _State, name: str, step: int) -> set[str]:
-        """Return the numbers that a run holds at a step."""
-        if name not in state.points:
-            history = client.get_metric_history(state.run_id, name) if state.continued else ()
-            points: dict[int, set[str]] = {}
-            for metric in history:
-                points.setdefault(metric.step, set()).add(repr(float(metric.value)))
-            state.points[name] = points
-        return state.points[name].get(step, set())
-
-    def _open(self, record: dict[str, Any]) -> None:
-        """Continue the run that has this key under this parent, or create one."""
-        with self._changed:
-            parent, known = self._ids.get(record["parent"]), record["run"] in self._ids
-        if known:
-            return
-        if parent is None and record["parent"] is not None:
-            with self._changed:
-                self._ids[record["run"]] = None
-            raise _Refused("its parent could not be opened")
-        client, key = self._client(), record["key"]
-        found = self._by_key.get((parent, key))
-        if found is None:
-            try:
-                run, continued = open_run(
-                    client,
-                    self.experiment_id,
-                    record["name"],
-                    key,
-                    parent,
-                    user=self._user,
-                    start=record["time"],
-                    resume=not record.get("again"),
-                )
-            except Exception as error:
-                if not is_outage(error):
-                    with self._changed:
-                        self._ids[record["run"]] = None
-                raise
-            found = self._by_key[parent, key] = run.info.run_id
-            self._states.setdefault(found, _State(found, continued))
-        elif not record.get("again"):
-            client.update_run(found, status="RUNNING")
-        with self._changed:
-            self._ids[record["run"]] = found
-            self._changed.notify_all()
-
 
 @dataclass
 class _Pause:
@@ -475,105 +331,17 @@ class _Pause:
         return now >= self.since + (min(self.seconds, _CLOSING_PAUSE_S) if closing else self.seconds)
 
 
-class _Refused(Exception):
-    """A record that can't be sent, whatever the store says."""
-
-
 def _worth_another(item: _Item, error: Exception) -> bool:
     """Whether an upload may succeed later: what a file store or a network does passes, a refusal does not."""
     if item.record["do"] == "artifact" and not item.path.exists():
         return False
-    return not isinstance(error, _Refused) and not _from_mlflow(error)
+    return not isinstance(error, Refused) and not isinstance(error, _mlflow_exception())
 
 
-def _from_mlflow(error: Exception) -> bool:
+def _mlflow_exception() -> type[Exception]:
     from mlflow.exceptions import MlflowException
 
-    return isinstance(error, MlflowException)
-
-
-def open_run(
-    client: MlflowClient,
-    experiment_id: str,
-    name: str,
-    key: str | None,
-    parent: str | None,
-    *,
-    user: str,
-    start: int | None = None,
-    resume: bool = True,
-) -> tuple[Run, bool]:
-    """Continue the run that has this key under this parent, or create one; return it and whether it was there.
-
-    Parameters
-    ----------
-    client : MlflowClient
-    experiment_id : str
-    name : str
-        Of a new run.
-    key : str, optional
-        What the run is found again by; without it a run is always created.
-    parent : str, optional
-        The parent's run id.
-    user : str
-        Whom a new run belongs to.
-    start : int, optional
-        When it began, in milliseconds since 1970.
-    resume : bool
-        Set a run that is there to RUNNING.
-    """
-    tags = {"mlflow.source.name": "faculty", "mlflow.source.type": "LOCAL", "mlflow.user": user}
-    if parent is not None:
-        tags[PARENT_TAG] = parent
-    if key is not None:
-        tags[KEY_TAG] = key
-        found = _find_run(client, experiment_id, key, parent)
-        if found is not None:
-            if resume:
-                client.update_run(found.info.run_id, status="RUNNING")
-            if resume and ERROR_TAG in found.data.tags:  # what went wrong the last time does not hold for this time
-                client.delete_tag(found.info.run_id, ERROR_TAG)
-            return found, True
-    return client.create_run(experiment_id, start_time=start, tags=tags, run_name=name), False
-
-
-def is_outage(error: BaseException) -> bool:
-    """Whether a call failed because the store was not there, or could not be used for now."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, _Refused):
-        return False
-    if isinstance(error, MlflowException):
-        # MLflow wraps a failed connection in an exception that has no code of its own, so the message tells.
-        return error.error_code in _OUTAGE_CODES or "API request to" in str(error)
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(_NETWORK)
-
-
-_OUTAGE_CODES = {"TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "UNAUTHENTICATED"}
-_NETWORK = ("requests.", "urllib3.", "botocore.", "boto3.")
-
-
-def _find_run(client: MlflowClient, experiment_id: str, key: str, parent: str | None) -> Run | None:
-    query = f"tags.`{KEY_TAG}` = '{key}'"
-    if parent is not None:
-        query += f" and tags.`{PARENT_TAG}` = '{parent}'"
-    found: Iterator[Run] = iter(
-        client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"], max_results=1000)
-    )
-    return next((run for run in found if run.data.tags.get(PARENT_TAG) == parent), None)
-
-
-def _dataset(record: dict[str, Any]) -> Any:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    dataset = Dataset(
-        name=record["name"],
-        digest=record["digest"],
-        source_type="faculty",
-        source=record["source"],
-        profile=record["profile"],
-    )
-    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", record["context"])])
+    return MlflowException
 
 
 def _cause(error: Exception) -> str:

@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import StageError
 from pipeline.tracking import sender as sending
+from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.sender import Sender
 
@@ -104,10 +105,10 @@ def store(monkeypatch):
 ROOT = "0" * 32
 
 
-def sender(store, folder=None, **named):
+def sender(store, folder=None):
     journal = None if folder is None else Journal.create(folder, STORE)
     left = () if folder is None else tuple(Journal.left(folder, STORE))
-    made = Sender(lambda: store, "1", STORE, {ROOT: False}, journal=journal, left=left, **named)
+    made = Sender(Delivery(lambda: store, "1", {ROOT: False}, "user"), STORE, journal=journal, left=left)
     made.start()
     return made
 

@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up all they need; only python3, make and a package index are assumed.
-.PHONY: setup demo test lint format lock clean bench-demo bench-transport bench-ranking bench-ranking-build bench-assess bench-distill bench-training bench-scaling
+.PHONY: setup demo test lint format lock clean bench-demo bench-transport bench-ranking bench-ranking-build bench-assess bench-distill bench-training bench-scaling bench-plan bench-scale
 .DELETE_ON_ERROR:
 
 UV_VERSION := 0.13.8
@@ -81,3 +81,11 @@ lock:
 
 clean:
 	rm -rf .venv runs build dist *.egg-info
+
+# Plans the demo and runs it: the ratio of planned to actual time and memory of each stage. About five minutes.
+bench-plan: $(STAMP)
+	@$(BIN)/python -m benchmarks.plan
+
+# The simulation behind docs/scale.md: seconds.
+bench-scale: $(STAMP)
+	@$(BIN)/python -m benchmarks.scale

@@ -10,6 +10,9 @@ from jobs.cache import cache
 from jobs.distill import distill
 from jobs.evaluate import evaluate
 from jobs.ingest import ingest
+from jobs.lineage import lineage
+from jobs.plan import plan
+from jobs.promote import promote
 from jobs.register import register
 from jobs.run import run
 from jobs.select import select
@@ -22,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (run, ingest, assess, select, amalgamate, distill, evaluate, register, cache):
+for command in (run, plan, ingest, assess, select, amalgamate, distill, evaluate, register, promote, lineage, cache):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
 

@@ -20,7 +20,8 @@ from pipeline.data.spec import AugmentSpec, ImageSpec, SourceSpec, SplitSpec
 from pipeline.engine.objective_spec import ComponentPart, FlowSpec, ObjectiveSpec
 from pipeline.engine.spec import LoopSpec
 from pipeline.errors import ConfigError
-from pipeline.models.spec import TRUSTED_FACTORIES, StudentSpec
+from pipeline.models.spec import StudentSpec
+from pipeline.models.zoo_spec import ZooSettings
 from pipeline.strict import StrictModel, load_yaml, parse_yaml, validate
 from pipeline.tracking.spec import RegisterSpec, TrackingSpec
 
@@ -59,17 +60,6 @@ class TaskSettings(StrictModel):
         if problem:
             raise ValueError(f"splits: {problem}")
         return self
-
-
-class ZooSettings(StrictModel):
-    """The repository of teachers."""
-
-    path: str = Field(description="the zoo: a YAML file, or a Parquet catalogue (`faculty zoo pack`)")
-    only: tuple[str, ...] | None = Field(None, description="assess these teachers alone; null: all")
-    trusted_factories: tuple[str, ...] = Field(
-        TRUSTED_FACTORIES,
-        description="prefixes of the modules that a zoo file may take a `factory` from: it is code that will run",
-    )
 
 
 class TrialResources(StrictModel):
@@ -328,6 +318,11 @@ class Settings(StrictModel):
                 )
         if components and self.distill.flow is not None:
             raise ValueError("distill.flow: features flow from teachers, not from component nets; set it to null")
+
+    @property
+    def zoo_file(self) -> str:
+        """The zoo: that of the settings, or what the registry answered when the run began, in the run folder."""
+        return self.zoo.path or os.path.join(self.run_dir, "registered.parquet")
 
     def dump(self) -> dict[str, Any]:
         """Return the resolved settings as plain values."""

@@ -19,7 +19,7 @@ ALLOWED = {
     "data": set(),
     "models": {"data"},
     "engine": {"transport", "assessment", "amalgamation", "distillation", "data", "models"},
-    "cluster": {"engine", "assessment"},
+    "cluster": {"engine", "assessment", "tracking"},  # the last for the callback that others may use
     "tracking": {"models"},
     "report": set(),
 }

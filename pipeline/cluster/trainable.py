@@ -117,6 +117,7 @@ class DeliveryCallback(tune.Callback):
 
     def _hand_over(self, trial: Any, row: Row) -> None:
         name = trial.config["name"]
+        row["trial_id"] = trial.trial_id
         if name in self._reasons:
             row["dropped"] = self._reasons[name]
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.errors import TeacherError
 from pipeline.models.archive import load_program, output_widths
 from pipeline.models.capture import find_penultimate, module_at
 from pipeline.models.class_names import class_names
+from pipeline.models.description import Description, completed
 from pipeline.models.factories import (
     Refused,
     called,
@@ -23,6 +25,7 @@ from pipeline.models.factories import (
     with_defaults,
 )
 from pipeline.models.files import file_sha256, missing
+from pipeline.models.program import Program
 from pipeline.models.spec import (
     TRUSTED_FACTORIES,
     ExportedModel,
@@ -36,7 +39,35 @@ from pipeline.models.spec import (
 from pipeline.models.teacher import Teacher
 from pipeline.models.weights import fill, read_state_dict
 
-Resolver = Callable[[str], "nn.Module | str | Path"]
+
+@dataclass(frozen=True)
+class Fetched:
+    """What a registry gives.
+
+    Attributes
+    ----------
+    net : nn.Module
+    description : Description or None
+        What the model says of itself.
+    sha256 : str or None
+        Of the program's file.
+    """
+
+    net: nn.Module
+    description: Description | None = None
+    sha256: str | None = None
+
+
+Resolver = Callable[[str], "nn.Module | str | Path | Fetched"]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A net; the widths of its outputs where it is a program; the classes where the source knows them."""
+
+    net: nn.Module
+    widths: list[int | None] = field(default_factory=list)
+    classes: tuple[str, ...] | None = None
 
 
 def load_teacher(
@@ -60,7 +91,7 @@ def load_teacher(
         Prefixes of the modules that `factory` may come from.
     resolvers : mapping, optional
         For sources that this package can't reach by itself: ``{"mlflow": fetch}``, where ``fetch(uri)`` returns the
-        net, or the path of an exported program.
+        net, the path of an exported program, or a net and what is known of it.
 
     Raises
     ------
@@ -69,15 +100,22 @@ def load_teacher(
     """
     try:
         _check_file(spec)
-        net, widths, known = _net(spec, device, trusted_factories, resolvers or {})
-        classes = _classes(spec, net, widths, known)
-        opaque = _graph(net) is not None and find_penultimate(net) is None
+        if isinstance(spec.source, MlflowModel):
+            spec, found = _registered(spec, spec.source, device, resolvers or {})
+        else:
+            found = _net(spec, device, trusted_factories)
+        net = found.net
+        classes = _classes(spec, found)
+        features = spec.features
+        if features is None and isinstance(net, Program):
+            features = net.features_path
+        opaque = _graph(net) is not None and find_penultimate(net) is None and features is None
         teacher = Teacher(
             net,
             name=spec.name,
             classes=classes,
             preprocessing=spec.preprocessing,
-            features=spec.features,
+            features=features,
             taps=spec.taps,
             has_modules=not opaque,
         )
@@ -99,16 +137,13 @@ def _check_file(spec: TeacherSpec) -> None:
         )
 
 
-def _net(
-    spec: TeacherSpec, device: str | torch.device, trusted: tuple[str, ...], resolvers: Mapping[str, Resolver]
-) -> tuple[nn.Module, list[int | None], tuple[str, ...] | None]:
-    """Return the net, the widths of its outputs where it is a program, the classes where the source knows them."""
+def _net(spec: TeacherSpec, device: str | torch.device, trusted: tuple[str, ...]) -> _Found:
     source = spec.source
     match source:
         case TorchvisionModel():
             return _torchvision(spec, source)
         case TimmModel():
-            return _timm(spec, source), [], None
+            return _Found(_timm(spec, source))
         case SafetensorsModel() | StateDictModel():
             suffix = Path(source.path).suffix
             if (source.type == "safetensors") != (suffix == ".safetensors"):
@@ -116,22 +151,42 @@ def _net(
                 raise Refused(f"`source.path` {source.path} has the suffix {suffix!r}; use `type: {other}`")
             factory = import_factory(source.factory, trusted)
             net = _built(factory, spec, source.kwargs, source.factory)
-            return _filled(net, source.path, _count(spec)), [], None
+            return _Found(_filled(net, source.path, _count(spec)))
         case ExportedModel():
             net = _program(source.path, "source.path", device)
-            return net, output_widths(net), None
-        case MlflowModel():
-            if "mlflow" not in resolvers:
-                raise Refused(
-                    "`source.type: mlflow` needs a tracking server; set `tracking.uri` and run through `faculty`"
-                )
-            try:
-                found = resolvers["mlflow"](source.uri)
-            except Exception as error:  # whatever a server or a network may do
-                raise Refused(f"`source.uri` {source.uri} can't be fetched ({one_line(error)})") from None
-            net = found if isinstance(found, nn.Module) else _program(found, "source.uri", device)
-            graph = _graph(net)
-            return net, [] if graph is None else output_widths(graph), None
+            return _Found(net, output_widths(net))
+    raise AssertionError(source)
+
+
+def _registered(
+    spec: TeacherSpec, source: MlflowModel, device: str | torch.device, resolvers: Mapping[str, Resolver]
+) -> tuple[TeacherSpec, _Found]:
+    """Return a registered teacher's net, and its spec with what the model says where it leaves something out."""
+    if "mlflow" not in resolvers:
+        raise Refused("`source.type: mlflow` needs a tracking server; set `tracking.uri` and run through `faculty`")
+    try:
+        given = resolvers["mlflow"](source.uri)
+    except TeacherError as error:
+        raise Refused(f"`source.uri`: {error}") from None
+    except Exception as error:  # whatever a server or a network may do
+        raise Refused(f"`source.uri` {source.uri} can't be fetched ({one_line(error)})") from None
+    if not isinstance(given, Fetched):
+        given = Fetched(given if isinstance(given, nn.Module) else _program(given, "source.uri", device))
+    if spec.sha256 is not None and spec.sha256 != given.sha256:
+        raise Refused(
+            f"`sha256` does not fit the program of {source.uri}, which has {given.sha256 or 'none'}; correct `sha256` "
+            "if you trust what is there"
+        )
+    net, about = given.net, given.description
+    graph = _graph(net)
+    if graph is not None:
+        pushed = None if about is None else about.teacher
+        net = Program(net) if pushed is None else Program(net, pushed.outputs, pushed.classifier)
+    if about is not None:
+        spec = completed(spec, about)
+    elif source.described:
+        raise Refused("`preprocessing` is left to the model, of which nothing is known; give it")
+    return spec, _Found(net, [] if graph is None else output_widths(graph))
 
 
 def _graph(net: nn.Module) -> nn.Module | None:
@@ -157,9 +212,7 @@ def _filled(net: nn.Module, path: str, count: int | None = None) -> nn.Module:
     return net
 
 
-def _torchvision(
-    spec: TeacherSpec, source: TorchvisionModel
-) -> tuple[nn.Module, list[int | None], tuple[str, ...] | None]:
+def _torchvision(spec: TeacherSpec, source: TorchvisionModel) -> _Found:
     from torchvision import models
 
     names = models.list_models()
@@ -169,14 +222,14 @@ def _torchvision(
         count = _count(spec)
         kwargs = source.kwargs if count is None else {"num_classes": count, **source.kwargs}
         net = called(lambda: models.get_model(source.model, weights=None, **kwargs), f"`source`: {source.model}")
-        return _filled(net, source.path), [], None
+        return _Found(_filled(net, source.path))
     published = models.get_model_weights(source.model)
     if source.weights not in published.__members__:
         hint = nearest(str(source.weights), published.__members__)
         raise Refused(f"`source.weights` {source.weights!r} does not exist for {source.model}; {hint}")
     weights = published[str(source.weights)]
     net = called(lambda: models.get_model(source.model, weights=weights, **source.kwargs), f"`source`: {source.model}")
-    return net, [], tuple(weights.meta.get("categories", ())) or None
+    return _Found(net, classes=tuple(weights.meta.get("categories", ())) or None)
 
 
 def _timm(spec: TeacherSpec, source: TimmModel) -> nn.Module:
@@ -211,13 +264,12 @@ def _count(spec: TeacherSpec) -> int | None:
     return len(class_names(spec.classes) if isinstance(spec.classes, str) else spec.classes)
 
 
-def _classes(
-    spec: TeacherSpec, net: nn.Module, widths: list[int | None], known: tuple[str, ...] | None
-) -> tuple[str, ...]:
+def _classes(spec: TeacherSpec, found: _Found) -> tuple[str, ...]:
+    net, widths = found.net, found.widths
     if isinstance(spec.classes, str):
         classes = class_names(spec.classes)
     else:
-        classes = spec.classes or known or ()
+        classes = spec.classes or found.classes or ()
     path = find_penultimate(net)
     last = module_at(net, path) if path is not None else None
     width = widths[0] if widths else last.out_features if isinstance(last, nn.Linear) else None

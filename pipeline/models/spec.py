@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
@@ -168,10 +169,13 @@ class MlflowModel(StrictModel):
     ----------
     uri : str
         ``models:/name@alias``, ``models:/name/3``, ``runs:/...``.
+    described : bool
+        The model itself says what is done to images: set where the teacher has no `preprocessing` entry.
     """
 
     type: Literal["mlflow"] = "mlflow"
     uri: str = Field(min_length=1)
+    described: bool = False
 
 
 class TimmModel(StrictModel):
@@ -220,16 +224,18 @@ class TeacherSpec(StrictModel):
     classes : sequence of str, str or None
         Class names in the order of the logits; or the name of a list that ships with the package (``mnist``,
         ``fashion-mnist``, ``cifar-10``, ``cifar-100``, ``imagenet-1k``); or null where the source knows them itself
-        (torchvision's published weights) or the names are of no interest (then ``class 0``, ``class 1``, ...).
+        (torchvision's published weights, a registered model) or the names are of no interest (then ``class 0``,
+        ``class 1``, ...).
     preprocessing : PreprocessingSpec or None
         What its net wants done to images; null: nothing, it takes them as they are stored (a student of another run).
+        A teacher from MLflow may leave the entry out: then the model's metadata, or its signature, says.
     features : str, optional
         Path of the module whose input is taken as the penultimate features; null: ``classifier``, ``fc`` or ``head`` if
         it is, or ends in, a linear layer, else the last linear layer.
     taps : dict of str to str
         Name to module path: outputs of inner modules to hand over as well.
     sha256 : str, optional
-        Of the weight file; a file that differs is refused.
+        Of the weight file, or of a registered model's program; one that differs is refused.
     licence, notes : str
         For people: what the weights may be used for, what they were trained on.
     accuracy : float, optional
@@ -250,6 +256,18 @@ class TeacherSpec(StrictModel):
     notes: str = ""
     accuracy: float | None = Field(default=None, ge=0, le=1)
     examples: SourceSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _left_to_the_model(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "preprocessing" in data:
+            return data
+        source = data.get("source")
+        if isinstance(source, MlflowModel):
+            source = source.model_dump()
+        if not isinstance(source, Mapping) or source.get("type") != "mlflow":
+            return data
+        return {**data, "preprocessing": None, "source": {**source, "described": True}}
 
     @field_validator("classes")
     @classmethod
@@ -277,9 +295,12 @@ class TeacherSpec(StrictModel):
         return value
 
     @model_validator(mode="after")
-    def _hashable_file(self) -> TeacherSpec:
-        if self.sha256 is not None and self.path is None:
-            raise ValueError("`sha256` needs a source with a `path`")
+    def _consistent(self) -> TeacherSpec:
+        registered = isinstance(self.source, MlflowModel)
+        if self.sha256 is not None and self.path is None and not registered:
+            raise ValueError("`sha256` needs a source with a `path`, or of type mlflow")
+        if getattr(self.source, "described", False) and self.preprocessing is not None:
+            raise ValueError("`preprocessing` is given here and left to the model (`source.described`); keep one")
         return self
 
     @property

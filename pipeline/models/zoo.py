@@ -90,13 +90,16 @@ class Zoo(Mapping[str, TeacherSpec]):
                 raise self._unknown(name)
         return self._with({name: entry for name, entry in self._entries.items() if name in wanted})
 
+    def with_specs(self, specs: Mapping[str, TeacherSpec]) -> Zoo:
+        """Return the same zoo with other specs for some of its teachers."""
+        for name in specs:
+            if name not in self._entries:
+                raise self._unknown(name)
+        return self._with(self._entries | dict(specs))
+
     def with_uris(self, uris: Mapping[str, str]) -> Zoo:
         """Return the same zoo with other URIs for some of its registered teachers."""
-        changed = {
-            name: self[name].model_copy(update={"source": self[name].source.model_copy(update={"uri": uri})})
-            for name, uri in uris.items()
-        }
-        return self._with(self._entries | changed)
+        return self.with_specs({name: with_uri(self[name], uri) for name, uri in uris.items()})
 
     def fingerprint_of(self, name: str) -> str:
         """Return a hash of all that decides what a teacher answers, see `teacher_fingerprint`.
@@ -118,8 +121,8 @@ def teacher_fingerprint(spec: TeacherSpec, *, where: str = "zoo") -> str:
     """Return a hash of all that decides what a teacher answers: its spec and the content of its weight file.
 
     Where the file lies, and what is there for people or for the teacher's card, does not count. A net that is fetched
-    by name or URI counts by that name. Where the spec declares the file's hash, the file is not read for it: one that
-    differs is refused when it is loaded.
+    by name or URI counts by that name; a registered one whose spec declares the hash of its program, by that hash.
+    Where the spec declares the file's hash, the file is not read for it: one that differs is refused when it is loaded.
 
     Parameters
     ----------
@@ -139,7 +142,16 @@ def teacher_fingerprint(spec: TeacherSpec, *, where: str = "zoo") -> str:
         if problem:
             raise TeacherError(f"{where}: teacher {spec.name!r}: `source.path` {spec.path} {problem}")
         content["source"]["path"] = spec.sha256 or file_sha256(spec.path)
+    if content["source"].pop("described", False):
+        content["preprocessing"] = "the model's own"
+    if "uri" in content["source"] and spec.sha256 is not None:
+        content["source"]["uri"] = spec.sha256
     return _hash(content)
+
+
+def with_uri(spec: TeacherSpec, uri: str) -> TeacherSpec:
+    """Return a registered teacher's spec with another URI."""
+    return spec.model_copy(update={"source": spec.source.model_copy(update={"uri": uri})})
 
 
 def _hash(content: object) -> str:

@@ -12,6 +12,8 @@ from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.assess import rows_of
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.probe import classes_of
+from pipeline.stages.recording import optional
+from pipeline.stages.recording_data import record_choices, record_datasets
 from pipeline.stages.speaking import speak, spoken, views_seen
 from pipeline.stages.teachers import load_bridge, table_of, teacher_folder
 from pipeline.stages.together import TOGETHER, choice_of, said_together, speak_together
@@ -71,8 +73,10 @@ class Amalgamate:
             from pipeline.engine.teaching import Teaching
 
             summary = {"shares": Teaching.open(folder).shares()}
-        run.tracker.artifact(folder / "assignments.parquet")
-        _show_histograms(run, folder)
+        with optional("the assignments"):
+            run.tracker.artifact(folder / "assignments.parquet")
+        record_datasets(run, table_of(run), "training")
+        record_choices(run, folder)
         return Outcome(digest=digest, summary=summary)
 
 
@@ -251,29 +255,27 @@ def histograms(
     classes: torch.Tensor,
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """Count ambiguities by teacher, and images by teacher and class (the label, or else what the teacher says)."""
+    """Count ambiguities by teacher, and images by teacher and class (the label, or else what the teacher says).
+
+    ``taught`` counts the images that a teacher teaches, ``surest`` those that it is the least ambiguous of: where
+    teachers teach as one, that is what tells who knows what.
+    """
     import torch
 
     edges = torch.linspace(0, 1, _BINS + 1)
-    counts = torch.bincount(teacher * len(class_names) + classes, minlength=len(names) * len(class_names))
+
+    def by_class(teacher: torch.Tensor, names: Sequence[str]) -> dict[str, list[int]]:
+        counts = torch.bincount(teacher * len(class_names) + classes, minlength=len(names) * len(class_names))
+        return dict(zip(names, counts.view(len(names), -1).tolist(), strict=True))
+
+    single = [name for name in names if name != TOGETHER]
     return {
         "edges": edges.tolist(),
         "ambiguity": {
             name: torch.histc(row, _BINS, 0, 1).int().tolist() for name, row in zip(names, ambiguity, strict=True)
         },
+        "mean": {name: float(row.mean()) for name, row in zip(names, ambiguity, strict=True)},
         "classes": list(class_names),
-        "taught": dict(zip(names, counts.view(len(names), -1).tolist(), strict=True)),
+        "taught": by_class(teacher, names),
+        "surest": by_class(ambiguity[[names.index(name) for name in single]].argmin(0), single),
     }
-
-
-def _show_histograms(run: Run, folder: Path) -> None:
-    """Hand the histograms to the tracking store, as numbers and as pictures."""
-    from pipeline.report.plots import plot_histograms
-
-    path = folder / "histograms.json"
-    run.tracker.artifact(path)
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for name, one in ({"": found} if "edges" in found else found).items():
-        picture = folder / f"histograms{'-' if name else ''}{name}.png"
-        plot_histograms(one, picture)
-        run.tracker.artifact(picture)

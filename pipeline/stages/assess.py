@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.class_level import accuracy_of, identity, thin
 from pipeline.stages.outputs import CachedTeacher, tidy_cache
-from pipeline.stages.probe import ProbePayload, assess_teacher, build_probe
-from pipeline.stages.teachers import TeacherJob, carried, has_labels, kept, outputs_folder, teacher_folder
+from pipeline.stages.probe import ProbePayload, build_probe
+from pipeline.stages.recording_data import record_datasets
+from pipeline.stages.recording_teachers import TeacherRuns, record_assessment
+from pipeline.stages.rungs import assess_rung
+from pipeline.stages.teachers import TeacherJob, carried, has_labels, kept, outputs_folder, table_of, teacher_folder
 
 SCORES = (
     "score",
@@ -51,6 +54,7 @@ _OWN = (
     "NotImplementedError",
     "AssertionError",
 )
+_RECORDED = ("rungs", "trial_id")  # what is recorded of a teacher beside its row in the table
 _MISMATCH = "sha256"  # a file that is not the one that the zoo names may be put right without the zoo being touched
 
 
@@ -92,23 +96,30 @@ class Assess:
             rows = {name: row for name, row in rows.items() if row["dropped"] is None}
         missing = [name for name in names if name not in rows]
         passing: list[str] = []
-        if missing:
-            found, passing = self._assess(run, missing, homes, climbing, search)
-            rows |= found
-        rows |= {name: _row(run, name, {"rung": 0, "dropped": reason}) for name, reason in dropped.items()}
         accuracy = accuracy_of(run) if "source_accuracy" in run.settings.assess.scores else None
-        for name, row in rows.items():
-            row["class_level"] = class_level.get(name)
-            row["source_accuracy"] = None if accuracy is None else accuracy(name)
+
+        def complete(row: dict[str, Any]) -> None:
+            row["class_level"] = class_level.get(row["teacher"])
+            row["source_accuracy"] = None if accuracy is None else accuracy(row["teacher"])
             if row["dropped"] is None and row["error"] is None:
                 row["rung"] = len(run.settings.assess.search.rungs)
+
+        runs = TeacherRuns(run, folder)
+        record_datasets(run, table_of(run), "probe" if has_labels(run) else "training")
+        if missing:
+            found, passing = self._assess(run, missing, homes, climbing, search, runs, complete)
+            rows |= found
+        rows |= {name: _row(run, name, {"rung": 0, "dropped": reason}) for name, reason in dropped.items()}
+        for row in rows.values():
+            complete(row)
         if not has_labels(run):
             _add_agreement(run, rows)
         ordered = sorted(rows.values(), key=_place)
-        path = folder / "assessment.parquet"
-        pq.write_table(pa.Table.from_pylist(ordered, schema=schema(run)), path)
-        run.tracker.artifact(path)
-        run.tracker.table("assessment", ordered)
+        pq.write_table(pa.Table.from_pylist(ordered, schema=schema(run)), folder / "assessment.parquet")
+        columns = schema(run).names
+        record_assessment(run, folder, [{name: row[name] for name in columns} for row in ordered])
+        runs.record_others(ordered)
+        runs.record_plans(ordered)
         failed = [row for row in ordered if row["error"]]
         if len(failed) == len(ordered):
             reasons = "; ".join(f"{row['teacher']}: {row['error']}" for row in failed[:3])
@@ -127,7 +138,14 @@ class Assess:
         )
 
     def _assess(
-        self, run: Run, names: list[str], homes: dict[str, Path], climbing: tuple[int, ...], search: str
+        self,
+        run: Run,
+        names: list[str],
+        homes: dict[str, Path],
+        climbing: tuple[int, ...],
+        search: str,
+        runs: TeacherRuns,
+        complete: Callable[[dict[str, Any]], None],
     ) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """Return the rows, and the teachers that failed for another reason than themselves (memory, a lost process)."""
         from pipeline.cluster.trials import TrialItem, run_trials
@@ -159,12 +177,14 @@ class Assess:
                     write_json(homes[name] / "row.json", row | {"search": search})
                 elif result.get("error_type") not in _OWN or _MISMATCH in row["error"]:
                     passing.append(name)
+                complete(row)
                 rows[name] = row
-                _track(run, row)
+                if has_labels(run):  # without, how far it agrees with the others is still to come
+                    _track(runs, row)
                 advance(1, name)
 
             run_trials(
-                assess_teacher,
+                assess_rung,
                 items,
                 resources={"CPU": settings.resources.cpus, "GPU": settings.resources.gpus},
                 max_concurrent=settings.resources.max_concurrent,
@@ -243,7 +263,7 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _row(run: Run, name: str, result: dict[str, Any]) -> dict[str, Any]:
-    row = {field: result.get(field) for field in schema(run).names}
+    row = {field: result.get(field) for field in (*schema(run).names, *_RECORDED)}
     return row | {"teacher": name, "fingerprint": run.fingerprint(name)}
 
 
@@ -260,17 +280,9 @@ def _add_agreement(run: Run, rows: Mapping[str, dict[str, Any]]) -> None:
             rows[name]["agreement"] = value
 
 
-def _track(run: Run, row: dict[str, Any]) -> None:
-    spec = run.zoo[row["teacher"]]
-    with run.tracker.run(
-        f"teacher {row['teacher']}",
-        key=f"assess-{row['teacher']}-{row['fingerprint'][:12]}",
-        tags={"teacher": row["teacher"], "fingerprint": row["fingerprint"], "licence": spec.licence},
-        params={"teacher": row["teacher"], "source": spec.source.type, "parameters": row["parameters"]},
-    ) as tracker:
-        numbers = {key: row[key] for key in (*SCORES, "rung", "seconds", "peak_mb") if row[key] is not None}
-        tracker.metrics(numbers)
-        tracker.tags({key: row[key] for key in ("dropped", "error") if row[key]})
+def _track(runs: TeacherRuns, row: dict[str, Any]) -> None:
+    """Record a teacher as soon as its row has arrived."""
+    runs.record(row)
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:

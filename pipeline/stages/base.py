@@ -66,13 +66,17 @@ class Stage(Protocol):
 
 @dataclass
 class Run:
-    """One execution of the pipeline: its settings, folder, tracker and the results so far."""
+    """One execution of the pipeline: its settings, folder, trackers and the results so far.
+
+    `tracker` is that of the stage that is running, `root` that of the whole run.
+    """
 
     settings: Settings
     files: RunFolder
     display: Display
     zoo: Zoo
     tracker: Tracker = field(default_factory=NoTracker)
+    root: Tracker = field(default_factory=NoTracker)
     until: str = "register"
     verbose: bool = False
     records: dict[str, Record] = field(default_factory=dict)
@@ -99,15 +103,23 @@ class Run:
         """Open the run's own record in the tracking store, once."""
         if "tracker" in self._open:
             return
+        from pipeline.stages.recording import opening_tags, record_opening
         from pipeline.tracking.connect import open_tracker
 
         settings = self.settings
         with self.display.working("opening the tracking store"):
             opened = open_tracker(
-                settings.tracking, self.files.root, key=self.files.identity, name=settings.name, verbose=self.verbose
+                settings.tracking,
+                self.files.root,
+                key=self.files.identity,
+                name=settings.name,
+                tags=opening_tags(self),
+                params=settings.dump(),
+                verbose=self.verbose,
             )
-            self.tracker = self._exits.enter_context(opened)
+            self.tracker = self.root = self._exits.enter_context(opened)
         self._open.add("tracker")
+        record_opening(self)
 
     def open_cluster(self) -> None:
         """Start or join Ray, once; it ends with the run."""
@@ -118,6 +130,9 @@ class Run:
         with self.display.working("starting Ray" if self.settings.cluster.local else "joining the cluster"):
             self._exits.enter_context(session(self.settings.cluster, verbose=self.verbose))
         self._open.add("cluster")
+        from pipeline.stages.recording import record_cluster
+
+        record_cluster(self)
 
     def fingerprint(self, name: str) -> str:
         """Return what a teacher's results are keyed by: its spec, its weights, and the hash that they are to have.

@@ -90,7 +90,7 @@ def identity(run: Run) -> dict[str, Any]:
     from pipeline.models.files import file_sha256
 
     settings, found = run.settings.assess, {}
-    cards = cards_path(run.settings.zoo.path)
+    cards = cards_path(run.settings.zoo_file)
     by_centres = settings.search.class_level is not None and settings.search.class_level.cost == "reference"
     if (by_centres or "source_accuracy" in settings.scores) and cards.exists():
         found["cards"] = file_sha256(cards)
@@ -146,7 +146,7 @@ def _by_centres(run: Run) -> Callable[[str], Tensor | None]:
 def _cards(run: Run) -> CardStore:
     from pipeline.models.cards import CardStore, cards_path
 
-    return CardStore.open(cards_path(run.settings.zoo.path))
+    return CardStore.open(cards_path(run.settings.zoo_file))
 
 
 def _reference(run: Run) -> Any:
@@ -156,6 +156,6 @@ def _reference(run: Run) -> Any:
     from pipeline.models.zoo import load_zoo
 
     try:
-        return run.zoo[name] if name in run.zoo else load_zoo(run.settings.zoo.path)[name]  # `only` may leave it out
+        return run.zoo[name] if name in run.zoo else load_zoo(run.settings.zoo_file)[name]  # `only` may leave it out
     except UserError as error:
         raise ConfigError(f"assess.reference: {error}") from None

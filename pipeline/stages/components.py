@@ -15,6 +15,7 @@ from pipeline.stages.base import Run
 from pipeline.stages.heads import student_classes, subtasks_of
 from pipeline.stages.ingest import table_path
 from pipeline.stages.probe import classes_of
+from pipeline.stages.recording_trainings import TrainingRuns
 from pipeline.stages.speaking import SpeakPayload, speak, speak_all, spoken, views_seen
 from pipeline.stages.teachers import save_tensors, table_of
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from pipeline.amalgamation.ambiguity import Assignment
     from pipeline.amalgamation.subtasks import Source, SubTask
-    from pipeline.engine.spec import Arm
+    from pipeline.engine.spec import Arm, LoopSpec
     from pipeline.engine.teaching import Speaker
     from pipeline.models.teacher import Teacher
 
@@ -205,16 +206,25 @@ def _arm(
 def _train(run: Run, subtasks: Sequence[SubTask], arms: dict[str, Arm]) -> None:
     """Train the component nets that are missing: one data-parallel run each, side by side as the cluster allows."""
     missing = {name: arm for name, arm in arms.items() if not arm.done}
-    if not missing:
-        return
+    loop = run.settings.amalgamate.components.loop or run.settings.distill.loop
+    storage = {str(run.files.root / "ray" / _job_name(name, arm)): [arm] for name, arm in missing.items()}
+    with TrainingRuns(run, list(arms.values()), loop=loop.model_dump(mode="json"), storage=storage) as runs:
+        if missing:
+            _fit(run, subtasks, missing, loop, runs)
+
+
+def _job_name(name: str, arm: Arm) -> str:
+    return f"{name}-{digest_of(arm.name)[:12]}"
+
+
+def _fit(run: Run, subtasks: Sequence[SubTask], missing: dict[str, Arm], loop: LoopSpec, runs: TrainingRuns) -> None:
     from pipeline.cluster.many import FitJob, fit_many
     from pipeline.engine.arms import train_arms
 
-    loop = run.settings.amalgamate.components.loop or run.settings.distill.loop
     workers, classes = run.settings.distill.resources, {component_name(one): one.qualified for one in subtasks}
     jobs = [
         FitJob(
-            f"{name}-{digest_of(arm.name)[:12]}",
+            _job_name(name, arm),
             training.payload_of(run, [arm], loop=loop, classes=classes[name], heads=()),
         )
         for name, arm in missing.items()
@@ -222,6 +232,7 @@ def _train(run: Run, subtasks: Sequence[SubTask], arms: dict[str, Arm]) -> None:
     if workers.num_workers:
         run.open_cluster()
     done = dict.fromkeys((job.name for job in jobs), 0)
+    trained = dict(zip(done, missing.values(), strict=True))
     with run.display.bar("components", len(jobs) * loop.epochs) as advance:
 
         def on_report(job: str, metrics: dict[str, Any]) -> None:
@@ -230,8 +241,7 @@ def _train(run: Run, subtasks: Sequence[SubTask], arms: dict[str, Arm]) -> None:
             epoch, title = int(metrics["epoch"]), job.rpartition("-")[0]
             advance(max(epoch - done[job], 0), f"{title}, loss {metrics['loss']:.3f}")
             done[job] = max(done[job], epoch)
-            numbers = {f"{title}/{key}": value for key, value in metrics.items() if key not in ("arm", "epoch")}
-            run.tracker.metrics(numbers, step=epoch)
+            runs.report(trained[job], metrics)
 
         results = fit_many(
             train_arms,
@@ -245,6 +255,9 @@ def _train(run: Run, subtasks: Sequence[SubTask], arms: dict[str, Arm]) -> None:
             on_term=True,
             verbose=run.verbose,
         )
+    for name, (_, error) in zip(missing, results, strict=True):
+        if error is None:  # the others are none the worse for one that failed
+            runs.end(missing[name])
     for name, (_, error) in zip(missing, results, strict=True):
         if error is not None:
             raise StageError(f"amalgamate: {name} could not be trained: {error}")

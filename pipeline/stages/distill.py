@@ -14,7 +14,10 @@ from pipeline.stages.amalgamate import chosen, teaching_of
 from pipeline.stages.artefacts import digest_of_file, write_json
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.components import component_references
-from pipeline.stages.teachers import has_labels
+from pipeline.stages.recording import optional
+from pipeline.stages.recording_data import record_datasets
+from pipeline.stages.recording_trainings import record_student
+from pipeline.stages.teachers import has_labels, table_of
 
 if TYPE_CHECKING:
     from pipeline.engine.spec import Arm
@@ -41,13 +44,13 @@ class Distill:
         """Train, or continue to train, one student; and the same without teachers, where that guards it."""
         arm = student_arm(run)
         guards = [control_arm(run)] if guarded(run) else []
-        training.train(run, [arm, *guards], "epochs", component_references(run))
+        record_datasets(run, table_of(run), "training", "validation")
+        training.train(run, [arm, *guards], "epochs", component_references(run), own=arm)
         kept, guard = (arm, None) if not guards else choose(run, arm, guards[0])
         for path in Path(kept.folder).iterdir():
             if path.name != "done.json":
                 shutil.copy2(path, folder / path.name)
         history = training.history(kept)
-        run.tracker.artifact(folder / "history.json")
         summary: dict[str, Any] = {
             "parameters": _parameters(folder),
             "epochs": len(history),
@@ -60,6 +63,7 @@ class Distill:
         if guard is not None:
             write_json(folder / "guard.json", guard)
             summary["guard"] = guard
+        record_student(run, kept, [arm, *guards], folder)
         if kept.flow is not None:
             summary |= _flow_summary(run, kept, history, folder)
         return Outcome(digest=digest_of_file(folder / "model.safetensors"), summary=summary)
@@ -141,7 +145,6 @@ def _hits(run: Run, arm: Arm, split: str) -> Any:
     import torch
 
     from pipeline.stages.heads import heads_of
-    from pipeline.stages.teachers import table_of
 
     logits, labels = training.predictions(arm)[split], table_of(run).split(split).labels
     heads = heads_of(run)
@@ -166,8 +169,9 @@ def _flow_summary(run: Run, arm: Arm, history: list[dict[str, float]], folder: P
     from pipeline.report.plots import plot_flow
 
     assert arm.teaching is not None
-    plot_flow(history, Teaching.open(arm.teaching).teachers, folder / "flow.png")
-    run.tracker.artifact(folder / "flow.png")
+    with optional("the flow"):
+        plot_flow(history, Teaching.open(arm.teaching).teachers, folder / "flow.png")
+        run.tracker.artifact(folder / "flow.png")
     own = [value for key, value in history[-1].items() if key.startswith("flow.") and key.endswith(".student")]
     found: dict[str, Any] = {"flow_student_weight": min(own)}
     if has_labels(run):

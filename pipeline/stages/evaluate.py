@@ -17,6 +17,8 @@ from pipeline.stages.base import Outcome, Run
 from pipeline.stages.components import component_references
 from pipeline.stages.distill import control_arm, student_arm
 from pipeline.stages.heads import student_classes
+from pipeline.stages.recording_data import record_datasets
+from pipeline.stages.recording_trainings import numbers_of, record_evaluation, record_test
 from pipeline.stages.teachers import has_labels, table_of
 
 
@@ -50,8 +52,11 @@ class Evaluate:
         """Train the controls, test all arms, compare."""
         if not len(table_of(run).split("test")):
             verdict = "not evaluated: the test split is empty (task.splits.test)"
-            write_json(folder / "evaluation.json", {"arms": [], "verdict": verdict, "classes": []})
+            empty: dict[str, Any] = {"arms": [], "verdict": verdict, "classes": []}
+            write_json(folder / "evaluation.json", empty)
+            record_evaluation(run, folder, empty)
             return Outcome(digest=digest_of(verdict), summary={"verdict": verdict})
+        record_datasets(run, table_of(run), "test")
         contenders = _contenders(run)
         arms = [arm for contender in contenders for arm in contender.arms]
         training.train(run, arms, "controls", component_references(run))
@@ -62,6 +67,8 @@ class Evaluate:
                 scores = [training.score(run, arm, "test") for arm in contender.arms]
             else:
                 scores = [training.judge(run, contender.logits, "test")]
+            for arm, found in zip(contender.arms or (None,), scores, strict=True):
+                record_test(run, contender.name, contender.title, arm, numbers_of(found))
             accuracies = [found.accuracy for found in scores]
             row: dict[str, Any] = {
                 "name": contender.name,
@@ -79,12 +86,16 @@ class Evaluate:
         for row in rows[1:]:
             row |= difference(rows[0]["accuracies"], row["accuracies"])
         verdict = _verdict(run, rows)
-        write_json(folder / "evaluation.json", {"arms": rows, "verdict": verdict, "classes": list(classes)})
-        run.tracker.artifact(folder / "evaluation.json")
+        evaluation = {"arms": rows, "verdict": verdict, "classes": list(classes)}
+        write_json(folder / "evaluation.json", evaluation)
+        record_evaluation(run, folder, evaluation)
         summary: dict[str, Any] = {"verdict": verdict}
         for row in rows:
             summary[f"accuracy.{row['name']}"] = row["mean"]
             summary[f"ece.{row['name']}"] = row["ece"]
+            for name in ("difference", "difference_2se"):
+                if row.get(name) is not None:
+                    summary[f"{name}.{row['name']}"] = row[name]
         return Outcome(digest=digest_of(rows), summary=summary)
 
 

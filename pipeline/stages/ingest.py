@@ -9,12 +9,17 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data.spec import SourceSpec
 from pipeline.errors import DataError
 from pipeline.stages.artefacts import write_json
 from pipeline.stages.base import Outcome, Run
+from pipeline.stages.recording import optional, recorded
+from pipeline.stages.recording_data import record_datasets
+
+if TYPE_CHECKING:
+    from pipeline.data.ingest import IngestReport
 
 _HASHED_BYTES = 256 * 2**20
 
@@ -47,11 +52,28 @@ class Ingest:
             )
         details = asdict(report) | {"path": str(Path(report.path).relative_to(folder))}
         write_json(folder / "ingest.json", details)
-        run.tracker.artifact(folder / "ingest.json")
-        run.tracker.tags({"fingerprint": report.fingerprint})
+        _record(run, report, folder)
         sizes = {split: sum(by_class.values()) for split, by_class in report.counts.items()}
         summary = {"rows": report.rows, "classes": len(report.classes), "skipped": len(report.skipped), **sizes}
         return Outcome(digest=report.fingerprint, summary=summary)
+
+
+def _record(run: Run, report: IngestReport, folder: Path) -> None:
+    """Record the splits as inputs of this stage and of the whole run, and their images by class."""
+    from pipeline.data.table import ImageTable
+
+    if not recorded(run):
+        return
+    record_datasets(run, ImageTable.open(report.path), root=True)
+    with optional("the images"):
+        run.tracker.artifact(folder / "ingest.json")
+        run.tracker.tags({"fingerprint": report.fingerprint})
+        run.root.tags({"data.fingerprint": report.fingerprint})
+        names = list(dict.fromkeys(name for counts in report.counts.values() for name in counts))
+        rows = [
+            {"class": name} | {split: counts.get(name, 0) for split, counts in report.counts.items()} for name in names
+        ]
+        run.tracker.table("classes", rows)
 
 
 def table_path(run: Run) -> Path:

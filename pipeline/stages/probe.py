@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,6 +246,48 @@ def labelled_features(run: Run, name: str) -> torch.Tensor:
         )
     features: torch.Tensor = known["features"][torch.argsort(known["rows"])]
     return features.float()
+
+
+@dataclass(frozen=True)
+class ProbeLogits:
+    """What an assessed teacher said of the probe, on disk.
+
+    Attributes
+    ----------
+    path : Path
+    classes : tuple of str
+        Its own, C_t names.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+
+    def pieces(self, size: int = 4096) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield places in the probe (n,) and logits (n, C_t) of at most `size` images at a time."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, "pt") as handle:
+            rows, logits = handle.get_tensor("rows"), handle.get_slice("logits")
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size], logits[start : start + size].float()
+
+
+def probe_logits(run: Run, name: str) -> ProbeLogits:
+    """Return what a teacher that has been run said of the probe.
+
+    Raises
+    ------
+    StageError
+        If it is no longer there.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = outputs_folder(run, name) / _OUTPUTS
+    try:
+        with safe_open(path, "pt") as handle:
+            return ProbeLogits(path, tuple(handle.metadata()["classes"].split("\n")))
+    except (OSError, SafetensorError, KeyError, TypeError):
+        raise StageError(f"{path}: what {name!r} says of the labelled images is no longer there") from None
 
 
 def classes_of(run: Run, name: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config import Settings
 from pipeline.engine.objective_spec import objective_of
@@ -19,12 +19,11 @@ from pipeline.stages.base import Run, Stage
 from pipeline.stages.distill import Distill
 from pipeline.stages.evaluate import Evaluate
 from pipeline.stages.ingest import Ingest
+from pipeline.stages.recording import BY_EPOCH, close, described, optional, record_stage
 from pipeline.stages.register import Register
+from pipeline.stages.registered import zoo_of
 from pipeline.stages.select import Select
 from pipeline.stages.together import choice_of
-
-if TYPE_CHECKING:
-    from pipeline.models.zoo import Zoo
 
 STAGES: tuple[Stage, ...] = (Ingest(), Assess(), Select(), Amalgamate(), Distill(), Evaluate(), Register())
 
@@ -47,7 +46,8 @@ def run_pipeline(
     StageError
         If a stage fails; the results of the former stages stay, and the same call continues.
     """
-    display, zoo, files = display or Display(), _zoo(settings), RunFolder(settings.run_dir)
+    display = display or Display()
+    zoo, files = zoo_of(settings, display), RunFolder(settings.run_dir)
     wanted = [stage for stage in STAGES[: 1 + _position(until)] if _enabled(stage, settings)]
     _check_objective(settings, wanted)
     _check_registry(settings, wanted, files)
@@ -55,15 +55,17 @@ def run_pipeline(
     with files.lock():
         write_settings(files.root / "settings.yaml", settings.dump())
         run = Run(settings=settings, files=files, display=display, zoo=zoo, until=until, verbose=verbose)
-        with run:
+        with run, described(run):
             _run_stages(run, wanted)
+        close(run)
         tables.closing(run)
         return run.records
 
 
 def show_status(settings: Settings, *, until: str = "register", display: Display | None = None) -> list[Status]:
     """Print where each stage stands: fresh, partial, stale (and what changed), missing, or waiting."""
-    display, zoo, files = display or Display(), _zoo(settings), RunFolder(settings.run_dir)
+    display = display or Display()
+    zoo, files = zoo_of(settings, display), RunFolder(settings.run_dir)
     files.check()
     run = Run(settings=settings, files=files, display=display, zoo=zoo)
     found: list[Status] = []
@@ -132,25 +134,6 @@ def _check_registry(settings: Settings, wanted: list[Stage], files: RunFolder) -
         )
 
 
-def _zoo(settings: Settings) -> Zoo:
-    from pipeline.models.zoo import load_zoo
-
-    zoo = load_zoo(settings.zoo.path)
-    if settings.zoo.only is not None:
-        zoo = zoo.only(settings.zoo.only)
-    registered = {name: spec.source.uri for name, spec in zoo.items() if spec.source.type == "mlflow"}
-    if not registered:
-        return zoo
-    from pipeline.tracking.connect import check_server, find_store
-    from pipeline.tracking.resolve import pinned
-
-    store = find_store(settings.tracking, settings.run_dir)
-    if store.kind == "server":
-        check_server(store.uri, settings.tracking.timeout)
-    # An alias may move while the run goes on; the version that it names now is what every worker loads.
-    return zoo.with_uris({name: pinned(uri, store.uri) for name, uri in registered.items()})
-
-
 def _run_stages(run: Run, wanted: list[Stage]) -> None:
     for stage in wanted:
         inputs = _inputs(stage, run)
@@ -184,16 +167,20 @@ def _run_stage(run: Run, stage: Stage, key: str, inputs: Mapping[str, Any]) -> R
         tracker.params({name: value for name, value in inputs.items() if not name.startswith("teachers.")})
         outcome = stage.run(run.within(tracker), folder)
         numbers = {name: value for name, value in flatten(outcome.summary).items() if _is_number(value)}
-        tracker.metrics(numbers)
-        tracker.artifact(folder / "settings.yaml")
-    run.tracker.metrics({f"{stage.name}.{name}": value for name, value in numbers.items()})
+        seconds = time.perf_counter() - started
+        with optional(stage.name):
+            tracker.metrics(
+                {key: value for key, value in numbers.items() if key not in BY_EPOCH} | {"stage_seconds": seconds}
+            )
+            tracker.artifact(folder / "settings.yaml")
+    record_stage(run, stage.name, numbers, seconds)
     record = Record(
         stage=stage.name,
         key=key,
         digest=outcome.digest,
         inputs=dict(inputs),
         summary=outcome.summary,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         finished=clock(),
         again=outcome.again,
     )

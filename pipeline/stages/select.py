@@ -15,6 +15,7 @@ from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.assess import rows_of
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.probe import LABELLED, labelled_features
+from pipeline.stages.recording_teachers import record_choice
 from pipeline.stages.teachers import carried, has_labels, table_of
 
 if TYPE_CHECKING:
@@ -68,8 +69,7 @@ class Select:
         choice["reasons"] |= {name: f"dropped: {row['dropped']}" for name, row in rows.items() if row["dropped"]}
         choice["reasons"] |= {name: f"failed: {row['error']}" for name, row in rows.items() if row["error"]}
         write_json(folder / "faculty.json", choice)
-        run.tracker.artifact(folder / "faculty.json")
-        run.tracker.tags({"chosen": ", ".join(choice["chosen"]) or "none"})
+        record_choice(run, folder, choice, rows.values())
         summary = {key: choice[key] for key in ("chosen", "score", "reference_score", "confidence")}
         return Outcome(digest=digest_of([choice["chosen"], choice["best_single"]]), summary=summary)
 

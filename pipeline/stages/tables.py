@@ -51,6 +51,10 @@ def closing(run: Run) -> None:
     display, record = run.display, run.records.get("register")
     if run.until != "register":
         return
+    from pipeline.planning.against import against
+    from pipeline.planning.show import show_against
+
+    show_against(against(run.files.root), display)
     display.note(f"artefacts   {run.files.root}")
     from pipeline.tracking.connect import find_store
 
@@ -59,7 +63,9 @@ def closing(run: Run) -> None:
         display.note(f"runs        mlflow ui --backend-store-uri {store.shown}")
     elif store.kind != "none":
         display.note(f"runs        {store.shown}")
-    if record is not None:
+    if record is not None and "uri" not in record.summary:
+        display.note("student     not registered, see above")
+    elif record is not None:
         display.note(f"student     {record.summary['uri']}  (version {record.summary['version']})")
 
 
@@ -190,8 +196,23 @@ def _evaluate(run: Run) -> None:
 
 
 def _register(run: Run) -> None:
-    summary = run.records["register"].summary
-    run.display.note(f"{summary['name']} version {summary['version']}, alias {summary['alias']}: {summary['uri']}")
+    summary, settings = run.records["register"].summary, run.settings.registration
+    if "uri" not in summary:
+        run.display.warn(escape(f"not registered: {summary['why']}; register.gate=false registers it nevertheless"))
+        return
+    aliases = (
+        f"aliases {summary['alias']} and {settings.champion}" if summary["promoted"] else f"alias {summary['alias']}"
+    )
+    run.display.note(f"{summary['name']} version {summary['version']}, {aliases}: {summary['uri']}")
+    tell = run.display.note if summary["gate"] == "passed" else run.display.warn
+    tell(escape(f"gate {summary['gate']}: {summary['why']}"))
+    for line in summary["warnings"]:
+        run.display.warn(escape(f"licence of {line}"))
+    if summary["gate"] == "passed" and not summary["promoted"]:
+        from pipeline.tracking.connect import find_store
+
+        store = find_store(run.settings.tracking, run.files.root)
+        run.display.note(f"to serve it: faculty promote {summary['uri']} --tracking-uri {store.shown}")
 
 
 _SPLITS = ("train_labelled", "train_unlabelled", "probe", "validation", "test")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ class TeacherJob:
         Where teachers from an MLflow registry are.
     gpu : bool
         Whether it has a GPU, or a share of one.
+    allow_pickle : bool
+        Whether the settings admit this teacher by name although its registered model was saved by pickle.
     """
 
     teacher: TeacherSpec
@@ -49,6 +51,7 @@ class TeacherJob:
     trusted_factories: tuple[str, ...]
     tracking_uri: str | None
     gpu: bool
+    allow_pickle: bool = False
 
     @classmethod
     def of(cls, run: Run, name: str, folder: Path, resources: TrialResources) -> TeacherJob:
@@ -60,6 +63,7 @@ class TeacherJob:
             trusted_factories=run.settings.zoo.trusted_factories,
             tracking_uri=run.tracking_uri,
             gpu=resources.gpus > 0,
+            allow_pickle=name in run.settings.zoo.allow_pickle,
         )
 
     def load(self) -> Teacher:
@@ -68,11 +72,10 @@ class TeacherJob:
 
         from pipeline.models.sources import load_teacher
 
-        return load_teacher(
-            self.teacher,
-            device="cuda" if self.gpu and torch.cuda.is_available() else "cpu",
-            **_load_options(self.trusted_factories, self.tracking_uri),
-        )
+        device = "cuda" if self.gpu and torch.cuda.is_available() else "cpu"
+        pickled = {getattr(self.teacher.source, "uri", "")} if self.allow_pickle else set()
+        options = source_options(self.trusted_factories, self.tracking_uri, pickled, device)
+        return load_teacher(self.teacher, device=device, **options)
 
     def save(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
         """Write the result, whole or not at all; on the worker."""
@@ -81,14 +84,32 @@ class TeacherJob:
 
 def load_options(run: Run) -> dict[str, Any]:
     """Return what `load_teacher` may use for the teachers of a run: code that is trusted, and MLflow."""
-    return _load_options(run.settings.zoo.trusted_factories, run.tracking_uri)
+    zoo = run.settings.zoo
+    pickled = {getattr(run.zoo[name].source, "uri", "") for name in zoo.allow_pickle if name in run.zoo}
+    return source_options(zoo.trusted_factories, run.tracking_uri, pickled)
 
 
-def _load_options(trusted_factories: tuple[str, ...], tracking_uri: str | None) -> dict[str, Any]:
+def source_options(
+    trusted_factories: tuple[str, ...], tracking_uri: str | None, pickled: Collection[str] = (), device: str = "cpu"
+) -> dict[str, Any]:
+    """Return what `load_teacher` may use.
+
+    Parameters
+    ----------
+    trusted_factories : tuple of str
+        Prefixes of the modules that code may come from.
+    tracking_uri : str or None
+        Where MLflow is; None: the environment's.
+    pickled : collection of str
+        URIs of registered models that may be unpickled.
+    device : str
+        Where they compute.
+    """
+
     def from_mlflow(uri: str) -> Any:
-        from pipeline.tracking.resolve import load_mlflow_module
+        from pipeline.tracking.resolve import fetch_teacher
 
-        return load_mlflow_module(uri, tracking_uri)
+        return fetch_teacher(uri, tracking_uri, allow_pickle=uri in pickled, device=device)
 
     return {"trusted_factories": trusted_factories, "resolvers": {"mlflow": from_mlflow}}
 

@@ -14,6 +14,7 @@ from pipeline.stages.artefacts import digest_of
 from pipeline.stages.base import Run
 from pipeline.stages.heads import heads_of, student_classes
 from pipeline.stages.ingest import table_path
+from pipeline.stages.recording_trainings import TrainingRuns, title_of
 from pipeline.stages.teachers import TeacherJob
 
 if TYPE_CHECKING:
@@ -140,18 +141,51 @@ def _beside(run: Run) -> Any:
     return run.settings.amalgamate.resources.model_copy(update={"gpus": 0.0})
 
 
-def train(run: Run, arms: Sequence[Arm], title: str, teachers: Mapping[str, TeacherReference] | None = None) -> None:
-    """Train those arms that are not done, in one worker group; a group that was cut off continues where it was."""
+def train(
+    run: Run,
+    arms: Sequence[Arm],
+    title: str,
+    teachers: Mapping[str, TeacherReference] | None = None,
+    *,
+    own: Arm | None = None,
+) -> None:
+    """Train those arms that are not done, in one worker group; a group that was cut off continues where it was.
+
+    Parameters
+    ----------
+    run : Run
+    arms : sequence of Arm
+        All that the stage uses: each has a record of its own, see `pipeline.stages.recording_trainings`.
+    title : str
+        Of the progress bar.
+    teachers : mapping of str to TeacherReference, optional
+        See `payload_of`.
+    own : Arm, optional
+        The one whose epochs are the stage's own.
+    """
     missing = [item for item in arms if not item.done]
-    if not missing:
-        return
+    name = f"{title}-{digest_of([item.name for item in arms])[:12]}"
+    loop = run.settings.distill.loop.model_dump(mode="json")
+    storage = {str(run.files.root / "ray" / name): missing}
+    with TrainingRuns(run, arms, loop=loop, own=own, storage=storage) as runs:
+        if missing:
+            _fit(run, missing, title, name, teachers, runs)
+
+
+def _fit(
+    run: Run,
+    missing: Sequence[Arm],
+    title: str,
+    name: str,
+    teachers: Mapping[str, TeacherReference] | None,
+    runs: TrainingRuns,
+) -> None:
     from pipeline.cluster.train import fit
     from pipeline.engine.arms import train_arms
 
     settings = run.settings.distill
     workers = settings.resources
     payload = payload_of(run, missing, teachers)
-    titles = [item.name.rpartition("-")[0] for item in missing]  # without the key
     seen = {"done": 0}
     if workers.num_workers:
         run.open_cluster()
@@ -165,16 +199,15 @@ def train(run: Run, arms: Sequence[Arm], title: str, teachers: Mapping[str, Teac
             number, epoch = int(metrics["arm"]), int(metrics["epoch"])
             done = number * settings.loop.epochs + epoch
             # After a restart some epochs are reported again: the bar only moves forward.
-            advance(max(done - seen["done"], 0), f"{titles[number]}, loss {metrics['loss']:.3f}")
+            advance(max(done - seen["done"], 0), f"{title_of(missing[number])}, loss {metrics['loss']:.3f}")
             seen["done"] = max(seen["done"], done)
-            numbers = {key: value for key, value in metrics.items() if key not in ("arm", "epoch")}
-            prefix = "" if len(missing) == 1 else f"{titles[number]}/"
-            run.tracker.metrics({f"{prefix}{key}": value for key, value in numbers.items()}, step=epoch)
+            runs.end_others(missing[number])  # they follow each other
+            runs.report(missing[number], metrics)
 
         fit(
             train_arms,
             payload,
-            name=f"{title}-{digest_of([item.name for item in arms])[:12]}",
+            name=name,
             on_report=on_report,
             num_workers=workers.num_workers,
             max_failures=workers.max_failures,

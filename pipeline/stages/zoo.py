@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,27 @@ if TYPE_CHECKING:
     from pipeline.models.zoo import Zoo
 
 _SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a command may use to load teachers.
+
+    Attributes
+    ----------
+    trusted : tuple of str
+        Module prefixes that a `factory` may come from, besides the built-in ones.
+    tracking_uri : str, optional
+        Where registered teachers are; default: the environment's ``MLFLOW_TRACKING_URI``.
+    allow_pickle : tuple of str
+        Teachers whose registered model may be unpickled, which runs its author's code.
+    """
+
+    trusted: tuple[str, ...] = ()
+    tracking_uri: str | None = None
+    allow_pickle: tuple[str, ...] = ()
+
+
 _SAVE_SECONDS = 30.0  # between two writes of the cards; more where writing takes longer than a twentieth of it
 
 
@@ -51,13 +73,13 @@ def list_zoo(path: Path, display: Display | None = None, *, everything: bool = F
     return 2 if broken else 0
 
 
-def check_zoo(path: Path, trusted: tuple[str, ...] = (), display: Display | None = None) -> int:
+def check_zoo(path: Path, access: Access | None = None, display: Display | None = None) -> int:
     """Load every teacher and run a probe batch; return the exit code: 0 if all are well, 2 if one is not."""
     from pipeline.models.check import check_teacher
     from pipeline.models.zoo import load_zoo
 
     display, zoo = display or Display(), load_zoo(path)
-    load_kwargs = _load_kwargs(path, trusted)
+    load_kwargs = _load_kwargs(access or Access(), zoo)
     found = table("teacher", "ok", "classes", "params", "features", "MB", "s", "problem")
     for column in found.columns[2:7]:
         column.justify = "right"
@@ -108,7 +130,7 @@ def pack_zoo(path: Path, out: Path, *, force: bool = False, display: Display | N
 
 
 def make_cards(
-    path: Path, reference: str | None = None, trusted: tuple[str, ...] = (), display: Display | None = None
+    path: Path, reference: str | None = None, access: Access | None = None, display: Display | None = None
 ) -> int:
     """Make the cards that a zoo's teachers lack; return the exit code: 0 if all have one, 2 if one fails.
 
@@ -118,8 +140,7 @@ def make_cards(
         The zoo; its cards lie beside it.
     reference : str, optional
         The teacher of the zoo whose features the class centres are taken in; None: the pixels.
-    trusted : tuple of str
-        Module prefixes that a `factory` may come from, besides the built-in ones.
+    access : Access, optional
 
     Raises
     ------
@@ -138,7 +159,7 @@ def make_cards(
     if missing:
         if not os.access(store.path.absolute().parent, os.W_OK):
             raise UserError(f"{store.path}: can't be written; give its folder write permission, or move the zoo")
-        _make_missing(zoo, missing, store, shared, rows, _load_kwargs(path, trusted), display)
+        _make_missing(zoo, missing, store, shared, rows, _load_kwargs(access or Access(), zoo), display)
     failed = sum(problem != "" for *_, problem in rows.values())
     _show_cards(zoo, rows, display)
     made = len(zoo) - kept - failed
@@ -156,7 +177,7 @@ def _standing(zoo: Zoo, store: CardStore, reference: str) -> tuple[dict[str, _Ro
     identities: dict[str, str] = {}
     for name in zoo:
         try:
-            fingerprint, origin = zoo.fingerprint_of(name), _origin(zoo[name], identities)
+            fingerprint, origin = zoo.fingerprint_of(name), card_origin(zoo[name], identities)
         except FacultyError as error:
             rows[name] = _failed(str(error))
             continue
@@ -251,9 +272,17 @@ def _failed(problem: str) -> _Row:
     return (*"-----", problem)
 
 
-def _origin(spec: TeacherSpec, identities: dict[str, str]) -> str:
-    """Hash what a card is made from besides the teacher: the declared accuracy, and the examples wherever they lie."""
+def card_origin(spec: TeacherSpec, identities: dict[str, str] | None = None) -> str:
+    """Hash what a card is made from besides the teacher: the declared accuracy, and the examples wherever they lie.
+
+    Parameters
+    ----------
+    spec : TeacherSpec
+    identities : dict of str to str, optional
+        Of sources that were looked at before; what is found is added.
+    """
     content: list[Any] = [spec.accuracy]
+    identities = {} if identities is None else identities
     if spec.examples is not None:
         place = spec.examples.model_dump_json(exclude={"only", "classes"})
         if place not in identities:  # many teachers may have their examples in one file
@@ -271,18 +300,13 @@ def _identity(source: SourceSpec) -> str:
         return "absent"
 
 
-def _load_kwargs(path: Path, trusted: tuple[str, ...]) -> dict[str, Any]:
+def _load_kwargs(access: Access, zoo: Zoo) -> dict[str, Any]:
     """Return how teachers are loaded: what code is trusted, and where registered ones come from."""
-    from pipeline.config import ZooSettings
+    from pipeline.models.spec import TRUSTED_FACTORIES
+    from pipeline.stages.teachers import source_options
 
-    known = ZooSettings(path=str(path)).trusted_factories
-    return {"trusted_factories": (*known, *trusted), "resolvers": {"mlflow": _from_mlflow}}
-
-
-def _from_mlflow(uri: str) -> Any:
-    from pipeline.tracking.resolve import load_mlflow_module
-
-    return load_mlflow_module(uri)
+    pickled = {getattr(zoo[name].source, "uri", "") for name in access.allow_pickle}
+    return source_options((*TRUSTED_FACTORIES, *access.trusted), access.tracking_uri, pickled)
 
 
 def _number(value: Any, form: str) -> str:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import importlib.metadata
 import json
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from pipeline.errors import ConfigError, StageError
+from pipeline.errors import ConfigError
 from pipeline.tracking.entries import clean_document, clean_tags
+from pipeline.tracking.export import check_export, export_student, logits_of, weights_sha256
 from pipeline.tracking.mlflow import MlflowTracker, translated
+from pipeline.tracking.redact import redact
 from pipeline.tracking.spec import check_alias, check_model_name
 from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.versions import CONTENT_TAG, WEIGHTS_TAG, Registry, by_alias
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-CONTENT_TAG = "faculty.content_sha256"
-WEIGHTS_TAG = "faculty.weights_sha256"
 _DESCRIPTION_LIMIT = 5000  # the width of the registry's column
 
 
@@ -69,14 +65,18 @@ def register_student(
     alias: str | None = None,
     tags: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    identity: Mapping[str, Any] | None = None,
     model_card: str = "",
 ) -> RegisteredStudent:
     """Export a student and register it as a version, unless a version with the same content is there.
 
     The registered model takes a uint8 array (B, C, H, W) for any B and gives logits (B, K) in float32; it is the traced
-    graph alone, so it loads where this package is not installed and where unpickling is forbidden. It runs on the CPU
-    unless it is loaded with ``model_config={"device": ...}``. No image of `example` is stored: the example that
-    is kept with the model is noise of the same shape.
+    graph alone, so it loads where this package is not installed and where unpickling is forbidden. MLflow runs it on
+    the CPU, which it was exported on; docs/serving.md says how to move it. No image of `example` is stored: the example
+    that is kept with the model is noise of the same shape.
+
+    Content is weights, classes, image shape and `identity`. A version that is found by it gets `tags` and the
+    description anew, since those tell what is thought of it; its files stay.
 
     Parameters
     ----------
@@ -94,7 +94,10 @@ def register_student(
     tags : mapping, optional
         Tags of the version, for example its accuracies.
     metadata : mapping, optional
-        The lineage, kept in the model's metadata under ``lineage``. It is part of the content.
+        The lineage, kept in the model's metadata under ``lineage``.
+    identity : mapping, optional
+        The part of the lineage that tells one version from another: no times, no run ids, no places of files. Default:
+        all of `metadata`.
     model_card : str
         Markdown; kept as ``model_card.md`` with the model and as the version's description.
 
@@ -114,16 +117,22 @@ def register_student(
     check_model_name(name)
     if alias is not None:
         check_alias(alias)
-    expected = _check_student(student, example, classes)
+    expected = logits_of(student, example, classes)
     lineage = clean_document(metadata or {})
+    told_by = lineage if identity is None else clean_document(identity)
     weights = weights_sha256(student)
-    content = _content_sha256(weights, lineage, classes, example.shape[1:])
+    content = _content_sha256(weights, told_by, classes, example.shape[1:])
+    card = redact(model_card)
+    all_tags = clean_tags({**(tags or {}), CONTENT_TAG: content, WEIGHTS_TAG: weights})
 
+    tracker.flush()  # the version links to the run, so that the store must have it
     with translated(tracker.uri):
         _ensure_model(tracker.client, name)
         version = _version_with(tracker.client, name, content)
         created = version is None
-        if version is None:
+        if version is not None:
+            version = _tell(tracker.client, version, all_tags, card)
+        else:
             from mlflow.models import Model
 
             with tempfile.TemporaryDirectory(prefix="faculty-register-") as folder:
@@ -137,8 +146,8 @@ def register_student(
                     metadata={"classes": list(classes), "output": "logits", "lineage": lineage},
                     mlflow_model=described,
                 )
-                _compare(path, example, expected)
-                (path / "model_card.md").write_text(model_card or f"# {name}\n", encoding="utf-8")
+                check_export(path, student, example, expected)
+                (path / "model_card.md").write_text(card or f"# {name}\n", encoding="utf-8")
                 # Only a student that exports well becomes an entry of the store.
                 logged = tracker.client.create_logged_model(
                     tracker.experiment_id, name="student", source_run_id=tracker.run_id
@@ -152,8 +161,8 @@ def register_student(
                 # Not models:/<id>: a database's registry looks that up in the process's global store, wherever it is.
                 source=logged.artifact_location,
                 run_id=tracker.run_id,
-                tags=clean_tags({**(tags or {}), CONTENT_TAG: content, WEIGHTS_TAG: weights}),
-                description=model_card[:_DESCRIPTION_LIMIT] or None,
+                tags=all_tags,
+                description=_described_by(card),
                 model_id=logged.model_id,
             )
         if alias is not None:
@@ -161,7 +170,7 @@ def register_student(
     return _described(version, alias, created)
 
 
-def move_alias(tracker: MlflowTracker, name: str, version: str, alias: str) -> None:
+def move_alias(tracker: MlflowTracker | Registry, name: str, version: str, alias: str) -> None:
     """Let an alias point to a version; it leaves the version it pointed to before.
 
     Raises
@@ -183,152 +192,35 @@ def registered(tracker: MlflowTracker, name: str, alias: str) -> RegisteredStude
     StageError
         When the registry can't be reached or refuses.
     """
-    from mlflow.exceptions import MlflowException
-
-    with translated(tracker.uri):
-        try:
-            version = tracker.client.get_model_version_by_alias(name, alias)
-        except MlflowException as error:
-            # A missing alias of an existing model is reported as an invalid parameter.
-            if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-                raise
-            return None
-    return _described(version, alias, created=False)
+    version = by_alias(Registry.of(tracker), name, alias)
+    if version is None:
+        return None
+    return RegisteredStudent(name, version.number, alias, f"models:/{name}@{alias}", False, version.tags)
 
 
-def export_student(
-    student: nn.Module,
-    path: Path,
-    *,
-    image_shape: Sequence[int],
-    num_classes: int,
-    metadata: Mapping[str, Any],
-    mlflow_model: Any = None,
-) -> None:
-    """Write a student as an MLflow model folder in the ``pt2`` form: a traced graph, no code and no pickled object.
-
-    Parameters
-    ----------
-    student : nn.Module
-        (B, C, H, W) uint8 tensor -> (B, K) logits. A copy of it is exported.
-    path : Path
-        The folder; it must not exist.
-    image_shape : (C, H, W)
-        The images' shape; the batch size stays free.
-    num_classes : int
-        K.
-    metadata : mapping
-        Plain data that is kept in the ``MLmodel`` file.
-    mlflow_model : mlflow.models.Model, optional
-        The description to complete, where the model belongs to a run.
-
-    Raises
-    ------
-    StageError
-        When the student can't be traced.
-    """
-    import mlflow.pytorch
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    channels, height, width = image_shape
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, channels, height, width))]),
-        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, num_classes))]),
-    )
-    noise = np.random.default_rng(0).integers(0, 256, (2, channels, height, width), dtype=np.uint8)
-    described = mlflow_model if mlflow_model is not None else Model()
-    traced = _Float32Logits(copy.deepcopy(student)).cpu().eval().requires_grad_(False)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # what tracing remarks about torch's own code is nothing a user can act on
-            mlflow.pytorch.save_model(
-                traced,
-                str(path),
-                mlflow_model=described,
-                signature=signature,
-                input_example=noise,
-                metadata=dict(metadata),
-                # Given, or MLflow would load the model in a process of its own to find out.
-                pip_requirements=_requirements(),
-                serialization_format="pt2",
-            )
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise StageError(
-            f"the student can't be exported ({lines[0]}); its forward must not branch on the batch's content or size"
-        ) from error
-    # The exported graph holds its tensors on the CPU, but MLflow would pick a GPU where it finds one and then refuse.
-    described.flavors["python_function"]["config"] = {"device": "cpu"}
-    described.save(str(path / "MLmodel"))
+def _tell(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str], card: str) -> ModelVersion:
+    """Bring what a version says of itself up to date."""
+    number = str(version.version)
+    for key, text in tags.items():
+        if version.tags.get(key) != text:
+            client.set_model_version_tag(version.name, number, key, text)
+    description = _described_by(card)
+    if description is not None and description != version.description:
+        client.update_model_version(version.name, number, description)
+    return client.get_model_version(version.name, number)
 
 
-def weights_sha256(module: nn.Module) -> str:
-    """Hash a module's parameters and buffers: names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-class _Float32Logits(nn.Module):
-    """Gives logits in float32, which the signature promises, whatever precision the student computes in."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.student(images).float()
-
-
-def _check_student(student: nn.Module, example: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    if example.dtype != np.uint8 or example.ndim != 4 or len(example) < 2:
-        raise ValueError(f"example must be uint8 (B >= 2, C, H, W), got {example.dtype} {example.shape}")
-    device = next((tensor.device for tensor in student.state_dict().values()), torch.device("cpu"))
-    with _evaluating(student), torch.no_grad():
-        logits = student(torch.from_numpy(np.ascontiguousarray(example)).to(device))
-    if logits.shape != (len(example), len(classes)):
-        raise ValueError(
-            f"the student gives {tuple(logits.shape)} logits for {len(example)} images and {len(classes)} classes"
-        )
-    return logits.float().cpu().numpy()
-
-
-def _compare(path: Path, example: np.ndarray, expected: np.ndarray) -> None:
-    exported = torch.export.load(path / "data" / "model.pt2").module()
-    with torch.no_grad():
-        given = exported(torch.from_numpy(np.ascontiguousarray(example))).numpy()
-        single = exported(torch.from_numpy(np.ascontiguousarray(example[:1]))).numpy()
-    # A GPU's convolutions differ from the CPU's in the last digits; a wrong export differs in the first ones.
-    scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
-    worst = max(float(np.abs(given - expected).max()), float(np.abs(single - expected[:1]).max()))
-    if not worst <= 1e-2 * scale:
-        raise StageError(f"the exported student differs from the student by {worst:.3g} in its logits")
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+def _described_by(card: str) -> str | None:
+    """Return a model card that fits the registry's column, cut at the end of a line."""
+    if len(card) <= _DESCRIPTION_LIMIT:
+        return card or None
+    mark = "\n\n… the whole card is model_card.md among the model's files"
+    return card[: _DESCRIPTION_LIMIT - len(mark)].rpartition("\n")[0] + mark
 
 
 def _content_sha256(weights: str, lineage: Any, classes: Sequence[str], image_shape: Sequence[int]) -> str:
     content = {"weights": weights, "lineage": lineage, "classes": list(classes), "image_shape": list(image_shape)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _requirements() -> list[str]:
-    # What serves the graph; the preprocessing is inside it, so neither this package nor torchvision is needed.
-    packages = ("mlflow", "numpy", "torch")
-    return [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in packages]
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Teachers that live in a model registry: downloaded by alias and loaded without unpickling anything."""
+"""Models of a registry: downloaded by alias or version, described, and loaded without unpickling anything."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from torch import nn
 
 from pipeline.errors import TeacherError
 from pipeline.models.archive import load_program
+from pipeline.models.description import Description, read_description
+from pipeline.models.factories import Refused
+from pipeline.models.files import file_sha256
+from pipeline.models.sources import Fetched
 from pipeline.tracking.quiet import environment, prepare
-from pipeline.tracking.redact import redact
+from pipeline.tracking.redact import one_line, redact
 
 
-def download_model(uri: str, *, tracking_uri: str | None = None, folder: str | Path | None = None) -> Path:
+def download_model(
+    uri: str, *, tracking_uri: str | None = None, folder: str | Path | None = None, only: str | None = None
+) -> Path:
     """Bring a logged model to this machine.
 
     Parameters
@@ -29,11 +35,13 @@ def download_model(uri: str, *, tracking_uri: str | None = None, folder: str | P
         Where it is registered; default: the environment's ``MLFLOW_TRACKING_URI``.
     folder : str or Path, optional
         Where to; default: a new temporary folder.
+    only : str, optional
+        Bring this one of its files alone.
 
     Returns
     -------
     Path
-        The folder that holds the ``MLmodel`` file.
+        The folder that holds the ``MLmodel`` file, or the one file that was asked for.
 
     Raises
     ------
@@ -44,8 +52,6 @@ def download_model(uri: str, *, tracking_uri: str | None = None, folder: str | P
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    from pipeline.tracking.mlflow import one_line
-
     store = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if uri.startswith("models:") and not store:
         # Without a store MLflow would make a database of its own in the working folder and look there.
@@ -53,9 +59,10 @@ def download_model(uri: str, *, tracking_uri: str | None = None, folder: str | P
     target = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="faculty-model-"))
     target.mkdir(parents=True, exist_ok=True)
     try:
+        where = location(uri, store) if uri.startswith("models:") else uri
         path = Path(
             download_artifacts(
-                artifact_uri=_location(uri, store) if uri.startswith("models:") else uri,
+                artifact_uri=where if only is None else f"{where.rstrip('/')}/{only}",
                 dst_path=str(target),
                 tracking_uri=store or None,
                 registry_uri=store or None,
@@ -65,6 +72,8 @@ def download_model(uri: str, *, tracking_uri: str | None = None, folder: str | P
         raise TeacherError(
             f"the model {redact(uri)} can't be loaded: {one_line(error)}; correct the teacher's `uri` or `tracking.uri`"
         ) from None
+    if only is not None:
+        return path.parent
     if not (path / "MLmodel").is_file():
         raise TeacherError(
             f"the model {redact(uri)} can't be loaded: there is no MLmodel file; correct the teacher's `uri`"
@@ -119,24 +128,50 @@ def load_mlflow_module(
     """
     with tempfile.TemporaryDirectory(prefix="faculty-model-") as folder:
         path = download_model(uri, tracking_uri=tracking_uri, folder=folder)
-        conf = _pytorch_conf(path, uri)
-        exported = (path / conf["model_data"] / "model.pt2").is_file()
-        if not allow_pickle and (not exported or conf.get("code")):
-            form = "brings code of its own" if exported else "was saved by pickle"
-            raise TeacherError(
-                f"the model {redact(uri)} {form}, which runs whatever its author put there; log it with "
-                "serialization_format='pt2' and without code_paths, or set `allow_pickle` if you trust it"
-            )
-        if not exported:
-            return _unpickle(path, uri).to(device).eval()
+        return _module(path, uri, allow_pickle, device)
+
+
+def fetch_teacher(
+    uri: str, tracking_uri: str | None = None, *, allow_pickle: bool = False, device: str | torch.device = "cpu"
+) -> Fetched:
+    """Load a registered model together with what it says of itself; as :func:`load_mlflow_module` otherwise."""
+    with tempfile.TemporaryDirectory(prefix="faculty-model-") as folder:
+        path = download_model(uri, tracking_uri=tracking_uri, folder=folder)
+        net = _module(path, uri, allow_pickle, device)
         try:
-            return _FixedMode(load_program(path / conf["model_data"] / "model.pt2", device))
-        except (ValueError, OSError) as error:
-            raise TeacherError(f"the model {redact(uri)} can't be loaded: its program {error}") from None
+            about = read_description(_mlmodel(path, uri), _tags(uri, tracking_uri))
+        except Refused as error:
+            raise TeacherError(f"the model {redact(uri)} can't be used: {error}") from None
+        program = path / _pytorch_conf(path, uri)["model_data"] / "model.pt2"
+        return Fetched(net, about, file_sha256(program) if program.is_file() else None)
 
 
-def _location(uri: str, store: str) -> str:
-    """Resolve a ``models:/`` URI in a given store; MLflow itself would ask the process's global one."""
+def describe(uri: str, tracking_uri: str | None = None) -> Description:
+    """Return what a registered model says of itself; of its files only ``MLmodel`` is read.
+
+    Raises
+    ------
+    TeacherError
+        When it does not exist, can't be read or is no PyTorch model.
+    """
+    with tempfile.TemporaryDirectory(prefix="faculty-model-") as folder:
+        path = download_model(uri, tracking_uri=tracking_uri, folder=folder, only="MLmodel")
+        try:
+            return read_description(_mlmodel(path, uri), _tags(uri, tracking_uri))
+        except Refused as error:
+            raise TeacherError(f"the model {redact(uri)} can't be used: {error}") from None
+
+
+def location(uri: str, store: str) -> str:
+    """Resolve a ``models:/`` URI in a given store to where its files are; MLflow would ask the process's global one.
+
+    Raises
+    ------
+    MlflowException
+        When there is no such model.
+    TeacherError
+        When the URI names no version.
+    """
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(store, registry_uri=store)
@@ -153,6 +188,42 @@ def _location(uri: str, store: str) -> str:
     )
 
 
+def _module(path: Path, uri: str, allow_pickle: bool, device: str | torch.device) -> nn.Module:
+    conf = _pytorch_conf(path, uri)
+    exported = (path / conf["model_data"] / "model.pt2").is_file()
+    if not allow_pickle and (not exported or conf.get("code")):
+        form = "brings code of its own" if exported else "was saved by pickle"
+        raise TeacherError(
+            f"the model {redact(uri)} {form}, which runs whatever its author put there; log it with "
+            "serialization_format='pt2' and without code_paths, or, if you trust it, name the teacher in "
+            "`zoo.allow_pickle`"
+        )
+    if not exported:
+        return _unpickle(path, uri).to(device).eval()
+    try:
+        return _FixedMode(load_program(path / conf["model_data"] / "model.pt2", device))
+    except (ValueError, OSError) as error:
+        raise TeacherError(f"the model {redact(uri)} can't be loaded: its program {error}") from None
+
+
+def _tags(uri: str, tracking_uri: str | None) -> dict[str, str]:
+    """Return the tags of the version that a URI names; {} of what is no version."""
+    match = re.fullmatch(r"models:/+([^/@]+)(?:/(\d+)|@([^/@]+))", uri)
+    store = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if match is None or not store:
+        return {}
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    client, (name, number, alias) = MlflowClient(store, registry_uri=store), match.groups()
+    try:
+        if number is not None:
+            return dict(client.get_model_version(name, number).tags)
+        return dict(client.get_model_version_by_alias(name, alias).tags)
+    except MlflowException as error:
+        raise TeacherError(f"the model {redact(uri)} can't be used: {one_line(error)}") from None
+
+
 class _FixedMode(nn.Module):
     """A traced graph has the mode it was exported in; torch raises where one asks for another."""
 
@@ -167,19 +238,26 @@ class _FixedMode(nn.Module):
         return self
 
 
+def _mlmodel(path: Path, uri: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load((path / "MLmodel").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise TeacherError(f"the model {redact(uri)} can't be loaded: its MLmodel file is damaged")
+    return content
+
+
 def _pytorch_conf(path: Path, uri: str) -> dict[str, Any]:
     try:
-        flavors = yaml.safe_load((path / "MLmodel").read_text(encoding="utf-8"))["flavors"]
-        conf = flavors["pytorch"]
+        conf = _mlmodel(path, uri)["flavors"]["pytorch"]
         return {**conf, "model_data": str(conf["model_data"])}
-    except (yaml.YAMLError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise TeacherError(f"the model {redact(uri)} is no PyTorch model of MLflow; a teacher must be one") from None
 
 
 def _unpickle(path: Path, uri: str) -> nn.Module:
     import mlflow.pytorch
-
-    from pipeline.tracking.mlflow import one_line
 
     try:
         with environment(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="true"):

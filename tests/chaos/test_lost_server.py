@@ -29,6 +29,7 @@ def test_a_server_lost_during_the_training_leaves_no_gap(tmp_path: Path) -> None
         tmp_path,
         tracking={"uri": server.uri, "timeout": 20},
         evaluate={"seeds": 1, "controls": ["no_teacher"]},
+        register={"gate": False},
         distill={
             "student": {"name": "small_cnn", "kwargs": {"width": 8}},
             "loop": {"epochs": EPOCHS, "batch_size": 32, "labelled_batch": 16},

@@ -160,6 +160,61 @@ def test_mlflow_holds_one_parent_with_stages_and_teachers(world: Path, finished)
     assert not (Path.cwd() / "mlruns").exists()
 
 
+def test_mlflow_tells_what_a_user_looks_for(world: Path, finished) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{world}/run/mlflow.db")
+    experiment = client.get_experiment_by_name("faculty")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    children: dict[str | None, list] = {}
+    for run in runs:
+        children.setdefault(run.data.tags.get("mlflow.parentRunId"), []).append(run)
+
+    def files(run) -> set[str]:
+        return {item.path for item in client.list_artifacts(run.info.run_id)}
+
+    def series(run, name: str) -> list[int]:
+        return [point.step for point in client.get_metric_history(run.info.run_id, name)]
+
+    (root,) = children[None]
+    tags = root.data.tags
+    assert tags["mlflow.note.content"].startswith("**") and "| student taught by |" in tags["mlflow.note.content"]
+    assert {"settings.hash", "faculty.version", "run_dir", "ray.job_id", "ray.cpus", "data.fingerprint"} <= set(tags)
+    assert root.data.params["distill.loop.epochs"] == "10" and root.data.params["task.image.channels"] == "1"
+    assert {"settings.yaml", "environment.json", "requirements.lock", "summary.md"} <= files(root)
+    inputs = {one.dataset.name: one for one in root.inputs.dataset_inputs}
+    assert set(inputs) == {
+        f"tiny.{name}" for name in ("train_labelled", "train_unlabelled", "probe", "validation", "test")
+    }
+    assert {tag.value for tag in inputs["tiny.probe"].tags} == {"probe"}
+    stages = {run.info.run_name: run for run in children[root.info.run_id]}
+    assert {run.info.status for run in [root, *stages.values()]} == {"FINISHED"}
+
+    teachers = {run.data.tags["teacher"]: run for run in children[stages["assess"].info.run_id]}
+    assert {name for name, run in teachers.items() if run.info.status == "FAILED"} == {"broken", "lost"}
+    mixed = teachers["mixed"]
+    assert {"plan.png", "plan.json"} <= files(mixed) and mixed.data.params["source.type"] == "safetensors"
+    assert mixed.data.metrics["score_low"] < mixed.data.metrics["score"] < mixed.data.metrics["score_high"]
+    assert {"images", "seconds", "peak_mb", "rung", "rung_seconds", "knn", "leep"} <= set(mixed.data.metrics)
+    assert "scores.png" in files(stages["assess"])
+    assert {"choice.json", "faculty.json", "plans"} <= files(stages["select"])
+    assert {"choices.json", "ambiguity.json", "histograms.png"} <= files(stages["amalgamate"])
+
+    epochs = list(range(1, 11))
+    assert series(stages["distill"], "loss") == series(stages["distill"], "transport") == epochs
+    assert {"checkpoints.json", "curves.png", "history.json"} <= files(stages["distill"])
+    arms = {run.info.run_name: run for run in children[stages["evaluate"].info.run_id]}
+    assert {f"{kind}-seed{seed}" for kind in ("faculty", "no_teacher") for seed in (0, 1)} == set(arms)
+    for arm in arms.values():
+        assert series(arm, "loss") == epochs and arm.info.status == "FINISHED"
+        assert 0 <= arm.data.metrics["test.accuracy"] <= 1 and arm.data.params["loop.epochs"] == "10"
+    assert {"confusion.png", "accuracies.png", "controls.json", "evaluation.json"} <= files(stages["evaluate"])
+    assert root.data.metrics["evaluate.difference.no_teacher"] == pytest.approx(
+        stages["evaluate"].data.metrics["difference.no_teacher"]
+    )
+
+
 def test_a_second_run_reuses_everything(world: Path, finished) -> None:
     before = {path: path.stat().st_mtime_ns for path in (world / "run").rglob("*") if path.suffix == ".parquet"}
     result = faculty("run", "-c", world / "run.yaml", timeout=60)

@@ -133,11 +133,16 @@ def test_a_clean_process_predicts_without_pickle(tracker, student, tmp_path_fact
     script = textwrap.dedent(
         """
         import json, sys
+        class Absent:
+            # As where mlflow and torch are installed, and nothing of ours.
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("pipeline", "jobs", "faculty", "ray", "torchvision", "timm"):
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(0, Absent())
         import mlflow, numpy as np
         model = mlflow.pyfunc.load_model(sys.argv[1])
         data = np.load("images.npz")
         logits = {key: model.predict(data[key]) for key in data}
-        assert "pipeline" not in sys.modules and "torchvision" not in sys.modules
         assert all(value.dtype == np.float32 for value in logits.values())
         print(json.dumps({
             "metadata": model.metadata.metadata,
@@ -166,6 +171,32 @@ def test_a_clean_process_predicts_without_pickle(tracker, student, tmp_path_fact
     np.testing.assert_allclose(given["logits"]["one"], logits_of(student, images(1, 1)), atol=1e-5)
     np.testing.assert_allclose(given["logits"]["seven"], logits_of(student, images(7, 2)), atol=1e-5)
     assert os.listdir(folder) == ["images.npz"]
+
+
+def test_places_and_times_are_no_content_but_what_is_told_is_brought_up_to_date(tracker, student):
+    def again(run_id, card, **changes):
+        metadata = {"run": run_id, "data": "abc"}
+        return register(
+            tracker, student, name="told", metadata=metadata, identity={"data": "abc"}, model_card=card, **changes
+        )
+
+    first = again("run-1", "# One\n", tags={"accuracy": 0.5})
+    second = again("run-2", "# Two\n", tags={"accuracy": 0.6})
+    assert (first.created, second.created, second.version) == (True, False, first.version)
+    version = tracker.client.get_model_version("told", first.version)
+    assert (version.tags["accuracy"], version.description) == ("0.6", "# Two\n")
+    assert second.tags["accuracy"] == "0.6"
+    assert register(tracker, student, name="told", metadata={}, identity={"data": "xyz"}).created
+
+
+def test_a_long_card_is_cut_at_a_line_where_the_registry_shows_it(tracker, student, tmp_path_factory):
+    card = "# Long\n" + "".join(f"- line {number}\n" for number in range(2000))
+    entry = register(tracker, student, name="long", model_card=card)
+    shown = tracker.client.get_model_version("long", entry.version).description
+    assert len(shown) <= 5000
+    assert shown.splitlines()[:-2] == card.splitlines()[: len(shown.splitlines()) - 2]
+    path = download_model(entry.uri, tracking_uri=tracker.secret_uri, folder=tmp_path_factory.mktemp("model"))
+    assert (path / "model_card.md").read_text() == card
 
 
 def test_the_stored_model_holds_no_image_of_the_data(tracker, student, tmp_path_factory):

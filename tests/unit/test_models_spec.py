@@ -65,7 +65,11 @@ def test_unsafe_names_are_refused(name: str) -> None:
         ({"source": {"type": "timm", "model": "resnet18"}}, "either `path`"),
         ({"source": {"type": "safetensors", "path": "a", "factory": "os.system"}}, "module:callable"),
         ({"source": {"type": "safetensors", "path": "a", "factory": "a:b.c"}}, "module:callable"),
-        ({"source": {"type": "mlflow", "uri": "models:/x/1"}, "sha256": "0" * 64}, "needs a source with a `path`"),
+        (
+            {"source": {"type": "torchvision", "model": "resnet18", "weights": "DEFAULT"}, "sha256": "0" * 64},
+            "needs a source with a `path`",
+        ),
+        ({"source": {"type": "mlflow", "uri": "models:/x/1", "described": True}}, "`preprocessing` is given here and"),
         ({"accuracy": 1.01}, "`accuracy` is 1.01"),
         ({"accuracy": -0.1}, "`accuracy` is -0.1"),
         ({"examples": "a.npz"}, "`examples`"),

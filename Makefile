@@ -26,7 +26,7 @@ demo: $(STAMP)
 	@$(BIN)/faculty run -c conf/demo/run.yaml
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 # Writes benchmarks/results/demo.json and the README's table: about two minutes a split.
 bench-demo: $(STAMP)

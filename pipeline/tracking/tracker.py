@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from pipeline.errors import Interrupted
 from pipeline.tracking.redact import redact
 
 KEY_TAG = "faculty.key"
@@ -155,6 +156,7 @@ def ending(close: Callable[[str, str | None], None]) -> Iterator[None]:
     except BaseException as error:
         lines = redact(str(error)).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        close("FAILED" if isinstance(error, Exception) else "KILLED", reason)
+        stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)
+        close("KILLED" if stopped else "FAILED", reason)
         raise
     close("FINISHED", None)

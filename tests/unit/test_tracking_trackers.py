@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.tracking.connect import check_server, open_tracker
 from pipeline.tracking.jsonlines import JsonLinesTracker, read_events
 from pipeline.tracking.spec import TrackingSpec
@@ -66,7 +66,13 @@ def test_json_lines_hold_what_was_recorded(tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(None, "FINISHED"), (ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(3), "KILLED")],
+    [
+        (None, "FINISHED"),
+        (ValueError("no"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(3), "KILLED"),
+        (Interrupted("notice"), "KILLED"),
+    ],
 )
 def test_a_run_ends_as_its_block_does(tmp_path, error, status):
     def body():

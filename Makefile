@@ -25,8 +25,9 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)
 	@$(BIN)/faculty run -c conf/demo/run.yaml
 
+# Most tests wait for processes that start, so that three at a time fit two processors.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
 
 # Writes benchmarks/results/demo.json and the README's table: about two minutes a split.
 bench-demo: $(STAMP)

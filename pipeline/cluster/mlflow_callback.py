@@ -36,6 +36,7 @@ from pipeline.tracking.tracker import Tracker
 
 _STEP_KEYS = ("step", "epoch", "training_iteration")
 _STATUS = {"FinishedState": "FINISHED", "ErroredState": "FAILED", "AbortedState": "KILLED"}
+_LAST_LOOK_S = 5.0
 _MOST_NODES = 16
 _CHUNK = 2**20
 
@@ -117,7 +118,7 @@ class MlflowCallback(UserCallback):
         self._checkpoints, self._load_every_s = checkpoints, load_every_s
         self._exits = contextlib.ExitStack()
         self._tracker: Tracker | None = None
-        self._reports = 0
+        self._reports = self._at = 0
         self._last = self._looked = 0.0
         self._looks: list[ray.ObjectRef] = []
         self._kept: list[dict[str, Any]] = []
@@ -163,6 +164,7 @@ class MlflowCallback(UserCallback):
         found = reduced(metrics, self._summed)
         step = int(found.pop(self._step_key(found), self._reports))
         found |= throughput(metrics, self._samples, elapsed)
+        self._at = step
         self._tracker.metrics(found | self._load(now), step=step)
         if checkpoint is not None and self._checkpoints != "none":
             self._keep(checkpoint, step)
@@ -185,6 +187,7 @@ class MlflowCallback(UserCallback):
         elif status == "KILLED":
             error = KeyboardInterrupt("aborted")
         if self._tracker is not None:
+            self._tracker.metrics(self._looked_at(_LAST_LOOK_S), step=self._at)
             self._tracker = None
             with contextlib.suppress(StageError, KeyboardInterrupt):
                 self._exits.__exit__(None if error is None else type(error), error, None)
@@ -206,19 +209,24 @@ class MlflowCallback(UserCallback):
 
     def _load(self, now: float) -> dict[str, float]:
         """Return what the last looks at the nodes found, and look again when it is time to."""
-        found: dict[str, float] = {}
         if self._load_every_s is None:
-            return found
-        if self._looks:
-            done, self._looks = ray.wait(self._looks, num_returns=len(self._looks), timeout=0)
-            for look in done:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    node, load = ray.get(look)
-                    found |= {f"system/{node}/{name}": value for name, value in load.items()}
+            return {}
+        found = self._looked_at(0.0)
         if not self._looks and now - self._looked >= self._load_every_s:
             self._looked = now
             nodes = [node for node in ray.nodes() if node["Alive"]][:_MOST_NODES]
             self._looks = [_look.options(scheduling_strategy=_on(node["NodeID"])).remote() for node in nodes]
+        return found
+
+    def _looked_at(self, wait_s: float) -> dict[str, float]:
+        """Return what looks that were begun have found, and forget them."""
+        found: dict[str, float] = {}
+        if self._looks:
+            done, self._looks = ray.wait(self._looks, num_returns=len(self._looks), timeout=wait_s)
+            for look in done:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    node, load = ray.get(look)
+                    found |= {f"system/{node}/{name}": value for name, value in load.items()}
         return found
 
 

@@ -57,6 +57,7 @@ class Register:
                 "register.enabled: there is no model registry without MLflow; set register.enabled=false, or "
                 "tracking.enabled=true and tracking.uri to MLflow's"
             )
+        run.tracker.flush()  # a server that is on its way back is waited for
         settings, registry = run.settings.registration, Registry.of(run.tracker)
         student = load_student(run.folder("distill"), trusted_factories=None)
         champion = by_alias(registry, settings.name, settings.champion)

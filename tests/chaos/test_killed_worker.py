@@ -32,9 +32,10 @@ PATIENCE_S = 100.0
 
 @pytest.fixture(scope="module")
 def cluster(no_cluster: None) -> Iterator[None]:
+    before = set(psutil.Process().children(recursive=True))
     with session(ClusterSpec(num_cpus=2)):
         yield
-    until(lambda: not psutil.Process().children(recursive=True), "processes of Ray stay")
+    until(lambda: set(psutil.Process().children(recursive=True)) <= before, "processes of Ray stay")
 
 
 def until(reached: Callable[[], object], what: str) -> None:

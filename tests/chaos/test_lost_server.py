@@ -27,7 +27,7 @@ def test_a_server_lost_during_the_training_leaves_no_gap(tmp_path: Path) -> None
     server = TrackingServer(tmp_path / "server").start()
     settings = make_settings(
         tmp_path,
-        tracking={"uri": server.uri, "timeout": 20},
+        tracking={"uri": server.uri, "timeout": 60},
         evaluate={"seeds": 1, "controls": ["no_teacher"]},
         register={"gate": False},
         distill={

@@ -111,6 +111,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     rows = journal(options.work.absolute())
     wanted = {(s.name, seed, row) for s in SETTINGS.values() for seed in s.seeds for row in rows_of(s)}
+    rows = [one for one in rows if (one["setting"], one["seed"], one["row"]) in wanted]
     missing = wanted - {(one["setting"], one["seed"], one["row"]) for one in rows}
     if missing and not options.partial:
         raise SystemExit(f"{len(missing)} of {len(wanted)} rows are missing; `run` goes on with them")
@@ -134,8 +135,10 @@ def main(arguments: list[str]) -> None:
     columns = {"row": "taught by"} | {name: name for name in SETTINGS}
     note = (
         "Test accuracy in %, mean ± std of 3 seeds of splits and trainings, last epoch. All rows of a setting and seed "
-        "share images, labels, net, loop and augmentation; teachers that look at every step (hints, attention, flow, "
-        'AKA) leave out the ImageNet net. Rows called "itself" are teachers, without a student.'
+        "share images, labels, net, loop and augmentation. Where teachers look at every step the ImageNet net is left "
+        "out; AKA, hints, attention, common features, B-Tuning and relations need that, or nets in between, and ran on "
+        "two of the tasks with labels alone. "
+        'Rows called "itself" are teachers, without a student.'
     )
     write("distill", table, goals, columns, note)
     plot(values, RESULTS / "distill.png")

@@ -83,7 +83,7 @@ SUBTASK_ROWS: dict[str, dict[str, Any]] = {
     "concatenated": {"concatenated_heads": True},
 }
 # Their teachers run in every step: two tasks with small images are what the two hours have room for.
-INNER_ROWS = ("hints", "attention", "common_features", "b_tuning", "relations")
+INNER_ROWS = ("aka", "hints", "attention", "common_features", "b_tuning", "relations")
 INNER_SETTINGS = ("fashion10", "mnist_to_digits")
 NO_STUDENT = ("average_ensemble", "least_ambiguous_ensemble", "best_teacher")
 

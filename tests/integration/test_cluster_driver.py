@@ -1,5 +1,6 @@
 """A driver of its own: what it prints, what it leaves when it is killed, what it says when there is no cluster."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def test_a_killed_driver_is_quiet_leaves_no_worker_and_is_continued(tmp_path):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
 def test_a_cluster_that_is_not_there_is_one_line(no_cluster, address, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)  # whatever else runs on this machine
+    # Whatever else runs on this machine; Ray clears the function's cache.
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", functools.cache(lambda: set()))
     with (
         tempfile.TemporaryDirectory(prefix="f", dir="/tmp") as empty,
         pytest.raises(UserError, match="can't be reached") as caught,

@@ -147,7 +147,8 @@ def test_two_processes_that_come_first_share_one_database(tmp_path):
 def test_a_server_that_is_killed_and_comes_back_has_all_of_it_once(running, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    spec, run_dir, file = TrackingSpec(uri=running.uri, timeout=1), tmp_path / "run", tmp_path / "weights"
+    patient, hasty = (TrackingSpec(uri=running.uri, timeout=seconds) for seconds in (60, 1))
+    run_dir, file = tmp_path / "run", tmp_path / "weights"
 
     def epochs(tracker, name, numbers):
         with tracker.run(name, key=name, params={"lr": 0.1}) as stage:
@@ -157,25 +158,26 @@ def test_a_server_that_is_killed_and_comes_back_has_all_of_it_once(running, tmp_
             stage.artifact(file)
 
     with caplog.at_level(logging.WARNING, logger="pipeline.tracking"):
-        with open_tracker(spec, run_dir, name="run", key="outage") as tracker:
+        with open_tracker(patient, run_dir, name="run", key="outage") as tracker:
             epochs(tracker, "before", range(3))
             running.kill()
             epochs(tracker, "during", range(50))
             running.start()
             epochs(tracker, "after", range(3))
-        assert not records_wait(spec, run_dir)
+        assert not records_wait(patient, run_dir)
         # Gone until after the end: the next run of the folder brings what is missing.
-        with open_tracker(spec, run_dir, name="run", key="outage") as tracker:
+        with open_tracker(patient, run_dir, name="run", key="outage") as tracker:
             tracker.flush()
+        with open_tracker(hasty, run_dir, name="run", key="outage") as tracker:
             running.kill()
             epochs(tracker, "late", range(3))
         assert caplog.messages[-2].endswith("does not answer; records wait until it does: Connection refused")
         assert " 8 records wait in" in caplog.messages[-1]  # a run, its parameters, 3 epochs, a file, two ends
-        assert records_wait(spec, run_dir)
+        assert records_wait(patient, run_dir)
         running.start()
-        with open_tracker(spec, run_dir, name="run", key="outage") as tracker:
+        with open_tracker(patient, run_dir, name="run", key="outage") as tracker:
             epochs(tracker, "late", range(2, 5))
-        assert not records_wait(spec, run_dir)
+        assert not records_wait(patient, run_dir)
     client, query = tracker.client, f"tags.`mlflow.parentRunId` = '{tracker.run_id}'"
     runs = {run.info.run_name: run for run in client.search_runs([tracker.experiment_id], query)}
     assert set(runs) == {"before", "during", "after", "late"}

@@ -81,7 +81,7 @@ def judged(values: Values) -> list[dict[str, Any]]:
         name = f"{setting}: default ahead of every control and baseline, least lead less 2 SE ({closest})"
         found.append(goal(name, least, 0.0, "points"))
     for setting in WITHOUT:
-        for method in ("aka", "faculty") if (setting, "faculty") in values else ("aka",):
+        for method in ("aka", "faculty") if values.get((setting, "faculty")) else ("aka",):
             for row in ("best_teacher", "concatenated", "average_ensemble"):
                 gap, _ = lead(values[setting, method], values[setting, row])
                 found.append(goal(f"{setting}: {method} against {row}", gap, 0.0, "points"))

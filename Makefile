@@ -49,7 +49,7 @@ bench-ranking-build: $(STAMP)
 bench-assess: $(STAMP)
 	@$(BIN)/python -m benchmarks.assess
 
-# Every method, control and baseline on seven tasks, 3 seeds: two hours; goes on where it was cut off. Needs npm and
+# Every method, control and baseline on seven tasks, 3 seeds: an estimated two hours; goes on where it was cut off. Needs npm and
 # apt-get for the raw images. Writes benchmarks/results/distill.json, its table and its plot.
 bench-distill: $(STAMP)
 	@$(BIN)/python -m benchmarks.ranking fetch --work $(or $(WORK),runs/bench-distill)
@@ -83,10 +83,10 @@ lock:
 clean:
 	rm -rf .venv runs build dist *.egg-info
 
-# Plans the demo and runs it: the ratio of planned to actual time and memory of each stage. About five minutes.
+# Plans the demo and runs it: the ratio of planned to actual time and memory of each stage.
 bench-plan: $(STAMP)
 	@$(BIN)/python -m benchmarks.plan
 
-# The simulation behind docs/scale.md: seconds.
+# The simulation behind docs/scale.md.
 bench-scale: $(STAMP)
 	@$(BIN)/python -m benchmarks.scale

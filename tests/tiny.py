@@ -40,6 +40,18 @@ def images(per_class: int, seed: int, classes: tuple[int, ...] = (0, 1, 2, 3)) -
     return np.stack(made).clip(0, 255).astype(np.uint8)[order], np.array(labels)[order]
 
 
+class TinyClassifier(nn.Module):
+    """Two classes by an image's mean colour."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(3, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map uint8 images (B, 3, H, W) to logits (B, 2)."""
+        return self.classifier(images.float().mean((2, 3)) / 255)
+
+
 def train_teacher(classes: tuple[int, ...], seed: int, steps: int = 150) -> nn.Module:
     """An MLP that tells some of the shapes apart; untrained with 0 steps, and with -1 one that sees nothing at all."""
     torch.manual_seed(seed)

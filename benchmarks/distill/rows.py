@@ -2,10 +2,10 @@
 
     python -m benchmarks.distill run --work DIR      after `build`
 
-Two hours on two cores; finished rows are kept in ``WORK/rows.jsonl``, so that a call that was cut off goes on. They are
-known by setting, seed and name: after a change of a recipe, take its rows out of there. All rows of a setting and seed
-share the images, the labels, the student's net, the loop, the augmentation and the chosen set; they differ in what the
-student is taught.
+An estimated two hours on two cores; finished rows are kept in ``WORK/rows.jsonl``, so that a call that was cut off goes
+on. They are known by setting, seed and name: after a change of a recipe, take its rows out of there. All rows of a
+setting and seed share the images, the labels, the student's net, the loop, the augmentation and the chosen set; they
+differ in what the student is taught.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from pipeline.tracking.entries import (
     table_document,
 )
 from pipeline.tracking.quiet import prepare
-from pipeline.tracking.redact import one_line, redact
+from pipeline.tracking.redact import redact
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.tracker import ERROR_TAG, ending
 
@@ -285,17 +285,6 @@ class _Access:
                 # Without a registry URI of its own the client would take one from the environment or the process.
                 self._made = MlflowClient(self._uri, registry_uri=self._uri)
             return self._made
-
-
-@contextlib.contextmanager
-def translated(shown_uri: str) -> Iterator[None]:
-    """Turn what MLflow raises into a StageError of one line, without credentials."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        raise StageError(f"MLflow at {redact(shown_uri)}: {one_line(error)}") from None
 
 
 def user() -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from pipeline.errors import ConfigError
 from pipeline.tracking.entries import clean_document, clean_tags
 from pipeline.tracking.export import check_export, export_student, logits_of, weights_sha256
-from pipeline.tracking.mlflow import MlflowTracker, translated
+from pipeline.tracking.mlflow import MlflowTracker
 from pipeline.tracking.redact import redact
 from pipeline.tracking.spec import check_alias, check_model_name
 from pipeline.tracking.tracker import Tracker
@@ -126,7 +126,7 @@ def register_student(
     all_tags = clean_tags({**(tags or {}), CONTENT_TAG: content, WEIGHTS_TAG: weights})
 
     tracker.flush()  # the version links to the run, so that the store must have it
-    with translated(tracker.uri):
+    with Registry.of(tracker).asked():
         _ensure_model(tracker.client, name)
         version = _version_with(tracker.client, name, content)
         created = version is None
@@ -170,7 +170,7 @@ def register_student(
     return _described(version, alias, created)
 
 
-def move_alias(tracker: MlflowTracker | Registry, name: str, version: str, alias: str) -> None:
+def move_alias(tracker: MlflowTracker, name: str, version: str, alias: str) -> None:
     """Let an alias point to a version; it leaves the version it pointed to before.
 
     Raises
@@ -180,7 +180,7 @@ def move_alias(tracker: MlflowTracker | Registry, name: str, version: str, alias
     StageError
         When the registry refuses.
     """
-    with translated(tracker.uri):
+    with Registry.of(tracker).asked():
         tracker.client.set_registered_model_alias(name, check_alias(alias), version)
 
 

@@ -173,7 +173,7 @@ def test_the_examples_of_the_guide_run(server, entry, tmp_path):
     np.testing.assert_allclose(json.loads(done)[0], expected.numpy(), atol=1e-3 if there == "cuda" else 1e-5)
 
     if shutil.which("curl") is None:
-        pytest.skip("there is no curl")
+        pytest.skip("curl is not installed, so that its example in docs/serving.md can't be run")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = run(["bash", "-ec", blocks["curl"].replace("http://127.0.0.1:5001", server)], tmp_path, environment)
     np.testing.assert_allclose(json.loads(done)["predictions"][0], expected.numpy(), atol=1e-5)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
-from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.tracking.connect import open_tracker
@@ -19,6 +18,7 @@ from pipeline.tracking.registry import register_student
 from pipeline.tracking.resolve import load_mlflow_module
 from pipeline.tracking.spec import TrackingSpec
 from tests.loopback import TrackingServer
+from tests.tiny import TinyClassifier
 
 pytestmark = [
     pytest.mark.integration,
@@ -26,15 +26,6 @@ pytestmark = [
 ]
 SECRET = "sentinel-7f3a-bucket"
 PASSWORD = "sentinel-7f3a-password"
-
-
-class TinyClassifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.classifier = nn.Linear(3, 2)
-
-    def forward(self, images):
-        return self.classifier(images.float().mean((2, 3)) / 255)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.tracking.connect import open_tracker, records_wait
@@ -17,6 +16,7 @@ from pipeline.tracking.registry import register_student, registered
 from pipeline.tracking.resolve import load_mlflow_module
 from pipeline.tracking.spec import TrackingSpec
 from tests.loopback import TrackingServer
+from tests.tiny import TinyClassifier
 
 pytestmark = [
     pytest.mark.integration,
@@ -24,15 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
 ]
 SECRET = "sentinel-7f3a"
-
-
-class TinyClassifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.classifier = nn.Linear(3, 2)
-
-    def forward(self, images):
-        return self.classifier(images.float().mean((2, 3)) / 255)
 
 
 @pytest.fixture(scope="module")

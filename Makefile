@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up all they need; only python3, make and a package index are assumed.
-.PHONY: setup demo test lint format lock clean bench-demo bench-transport bench-ranking bench-ranking-build bench-assess bench-distill bench-training bench-scaling bench-plan bench-scale
+.PHONY: setup demo test test-slow lint format lock reference clean bench-demo bench-transport bench-ranking bench-ranking-build bench-assess bench-distill bench-training bench-scaling bench-plan bench-scale docs
 .DELETE_ON_ERROR:
 
 UV_VERSION := 0.13.8
@@ -28,6 +28,10 @@ demo: $(STAMP)
 # Two at a time: many tests wait for processes that start. Files run in their order, the long ones first.
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
+
+# Variations of those, each with a Ray or a cluster of its own.
+test-slow: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" $(ARGS)
 
 # Writes benchmarks/results/demo.json and the README's table: about two minutes a split.
 bench-demo: $(STAMP)
@@ -65,6 +69,10 @@ bench-training: $(STAMP)
 bench-scaling: $(STAMP)
 	@$(BIN)/python -m benchmarks.scaling $(ARGS)
 
+# The site of docs/, in runs/site: open runs/site/index.html.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir runs/site
+
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -79,6 +87,14 @@ lock:
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv==$(UV_VERSION); }
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet --output-file requirements.lock
+	$(BIN)/uv pip compile conf/cluster/mlflow.in --constraint requirements.lock --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet \
+		--output-file conf/cluster/mlflow.lock
+
+# The reference of the settings, after a change of theirs: docs/run.schema.json and docs/settings.md.
+reference: $(STAMP)
+	@$(BIN)/faculty schema --out docs/run.schema.json
+	@$(BIN)/faculty schema --markdown --out docs/settings.md
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

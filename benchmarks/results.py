@@ -1,4 +1,7 @@
-"""Results of a benchmark: a JSON file, a table in Markdown beside it, and the same table where a document asks."""
+"""Results of a benchmark: a JSON file, a table in Markdown beside it, and the same table where a document asks.
+
+`python -m benchmarks.results` fills the documents' marks from the files that are there, without measuring anything.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import json
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "docs/benchmarks.md")
+MARK = re.compile(r"(<!-- (?P<what>[a-z_]+(?: [a-z_]+)?) -->\n).*?(<!-- /(?P=what) -->)", re.DOTALL)
 
 
 def environment() -> dict[str, Any]:
@@ -31,7 +36,7 @@ def goal(name: str, value: float, target: float, unit: str, *, at_most: bool = F
 def write(
     name: str, rows: Sequence[dict[str, Any]], goals: Sequence[dict[str, Any]], columns: dict[str, str], note: str
 ) -> None:
-    """Write `results/NAME.json`, `results/NAME.md`, and the table between the marks for it in README.md.
+    """Write `results/NAME.json`, `results/NAME.md`, and what the documents show of them.
 
     Parameters
     ----------
@@ -45,13 +50,54 @@ def write(
     (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     lines = [f"| {' | '.join(columns.values())} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(_cell(row.get(key)) for key in columns)} |" for row in rows]
-    text = "\n".join([*lines, "", note, ""])
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    readme = ROOT / "README.md"
-    marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    content = readme.read_text(encoding="utf-8")
-    readme.write_text(marks.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", content), encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
+    fill()
+
+
+def fill() -> list[Path]:
+    """Put tables, goals and claims between the documents' marks; return the documents that changed."""
+    changed = []
+    for path in (ROOT / name for name in DOCUMENTS):
+        content = path.read_text(encoding="utf-8")
+        filled = filled_in(content)
+        if filled != content:
+            path.write_text(filled, encoding="utf-8")
+            changed.append(path)
+    return changed
+
+
+def filled_in(content: str) -> str:
+    """Return a document with what the stored results say between its marks.
+
+    ``NAME`` holds the table of that benchmark, ``NAME goals`` what became of its goals, ``claims`` the main claims and
+    ``claims all`` every one (`benchmarks.claims`).
+    """
+    return MARK.sub(lambda found: f"{found[1]}\n{_between(found['what'])}\n\n{found[3]}", content)
+
+
+def _between(what: str) -> str:
+    from benchmarks import claims
+
+    shown: dict[str, Callable[[], str]] = {
+        "claims": lambda: claims.table(RESULTS, everything=False),
+        "claims all": lambda: claims.table(RESULTS, everything=True),
+    }
+    if what in shown:
+        return shown[what]()
+    name, _, part = what.partition(" ")
+    if part not in ("", "goals"):
+        raise ValueError(f"<!-- {what} -->: write NAME, NAME goals, claims or claims all")
+    if not (RESULTS / f"{name}.json").exists():
+        return "" if part else "Not measured yet."
+    if part:
+        return claims.goals_told(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["goals"])
+    return (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
 
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    for changed_path in fill() or ["nothing changed"]:
+        print(changed_path)

@@ -13,12 +13,13 @@ def cache(
     config: Config = None,
     overrides: Overrides = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read all of it, and delete what is damaged.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Bring the cache of teacher outputs within its quota, and say what is in it."""
     from pipeline.config import load_settings
     from pipeline.stages.outputs import look_after
 
-    look_after(load_settings(config or [], overrides or []), verify=verify)
+    look_after(load_settings(config or [], overrides or []), verify=verify, as_json=as_json)
 
 
 if __name__ == "__main__":

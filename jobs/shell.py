@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import FacultyError, Interrupted
+from pipeline.errors import FacultyError, Interrupted, UserError
 from pipeline.tracking.redact import redact
 
 Config = Annotated[
@@ -26,23 +29,70 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's and M
 
 
 def execute(
-    until: str, config: list[Path] | None, overrides: list[str] | None, verbose: bool, status: bool = False
+    until: str,
+    config: list[Path] | None,
+    overrides: list[str] | None,
+    verbose: bool,
+    status: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Load the settings and run the pipeline up to a stage, or only show where each stage stands."""
+    if as_json and not status:
+        raise UserError("--json goes with --status: a run itself says what it does line by line")
     from pipeline.config import load_settings
 
     if verbose:
         os.environ["FACULTY_VERBOSE"] = "1"
-    settings = load_settings(config or [], overrides or [])
-    from pipeline.stages.run import run_pipeline, show_status
+    with stoppable():
+        settings = load_settings(config or [], overrides or [])
+        from pipeline.cluster.in_job import refuse_passing_folder
+        from pipeline.stages.run import run_pipeline, show_status
+        from pipeline.stages.status import print_status
 
-    try:
-        if status:
+        refuse_passing_folder(settings.run_dir)
+        if as_json:
+            print_status(settings, until=until)
+        elif status:
             show_status(settings, until=until)
         else:
             run_pipeline(settings, until=until, verbose=verbose)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; the same command continues where it stopped") from None
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Turn Ctrl-C, and SIGTERM just as well, into one line that says how to go on.
+
+    SIGTERM is how `faculty stop`, `ray job stop`, Kubernetes and batch systems end a process.
+
+    Raises
+    ------
+    Interrupted
+        When one of the two has come, whatever it broke off.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, frame: object) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, hear) for number in numbers}
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, Interrupted) or (isinstance(error, Exception) and not heard):
+            raise
+        raise Interrupted(_stopped(signal.SIGTERM in heard)) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _stopped(by_term: bool) -> str:
+    from pipeline.cluster.in_job import job_id
+
+    how, job = "ended by SIGTERM" if by_term else "interrupted", job_id()
+    return f"{how}; {f'faculty submit --resume {job}' if job else 'the same command'} continues where it stopped"
 
 
 def main(command: Callable[..., Any] | typer.Typer) -> None:

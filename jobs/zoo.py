@@ -41,12 +41,14 @@ Reference = Annotated[
 
 @zoo.command("list")
 def list_(
-    file: File, everything: Annotated[bool, typer.Option("--all", help="List every teacher, not the first 50.")] = False
+    file: File,
+    everything: Annotated[bool, typer.Option("--all", help="List every teacher, not the first 50.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Every teacher, for machines.")] = False,
 ) -> None:
     """List the teachers of a zoo file without loading them."""
     from pipeline.stages.zoo import list_zoo
 
-    raise typer.Exit(list_zoo(file, everything=everything))
+    raise typer.Exit(list_zoo(file, everything=everything, as_json=as_json))
 
 
 @zoo.command("check")

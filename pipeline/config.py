@@ -22,7 +22,9 @@ from pipeline.engine.spec import LoopSpec
 from pipeline.errors import ConfigError
 from pipeline.models.spec import StudentSpec
 from pipeline.models.zoo_spec import ZooSettings
+from pipeline.places import is_remote, local_place, tidy
 from pipeline.strict import StrictModel, load_yaml, parse_yaml, validate
+from pipeline.sweep_spec import SweepSpec
 from pipeline.tracking.spec import RegisterSpec, TrackingSpec
 
 
@@ -65,7 +67,7 @@ class TaskSettings(StrictModel):
 class TrialResources(StrictModel):
     """What one teacher's forward passes take of the cluster. Not part of a stage's key."""
 
-    cpus: float = Field(1.0, gt=0)
+    cpus: float = Field(1.0, gt=0, description="processors of a teacher")
     gpus: float = Field(0.0, ge=0, description="may be a fraction")
     max_concurrent: int | None = Field(None, ge=1, description="null: as many as the cluster's live resources hold")
     max_failures: int = Field(1, ge=0, description="restarts after a lost process")
@@ -74,7 +76,10 @@ class TrialResources(StrictModel):
 class BridgeSettings(StrictModel):
     """How a teacher's label space is related to the task's, see `pipeline.transport.bridge`."""
 
-    kind: Literal["prototype", "conditional", "centres"] = "centres"
+    kind: Literal["prototype", "conditional", "centres"] = Field(
+        "centres",
+        description="prototype, conditional: by the teacher's classes; centres: by the task's, in its features",
+    )
     temperature: float | None = Field(
         None,
         gt=0,
@@ -129,6 +134,10 @@ class AssessSettings(StrictModel):
     scores: tuple[Score, ...] = Field(
         ("knn", "leep"), description="scores of the literature to report beside the transport scores"
     )
+    own: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="scores of your own to report beside them: `package.module:function` to its settings",
+    )
     neighbours: int = Field(5, ge=1, description="k of the k-NN score")
     unlabelled: int = Field(512, ge=2, description="images to look at where the task has no labels")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -136,7 +145,7 @@ class AssessSettings(StrictModel):
         description="of the forward passes; auto: bf16 on a GPU that has it; half precision only where a first batch "
         "says that it is safe",
     )
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, description="images a forward pass of a teacher")
     resources: TrialResources = TrialResources()
 
 
@@ -154,7 +163,7 @@ class SelectSettings(StrictModel):
     consider: int = Field(
         32, ge=1, description="with together, the most teachers that are tried in sets: the best alone"
     )
-    max_teachers: int = Field(4, ge=1)
+    max_teachers: int = Field(4, ge=1, description="the largest set")
     max_params: int | None = Field(None, ge=1, description="parameters of the whole set; null: no limit")
     min_gain: float = Field(
         0.01, ge=0, le=1, description="what a teacher must add to the set's score on labelled images"
@@ -179,7 +188,9 @@ class AmalgamateSettings(StrictModel):
     by the names of their classes, and the component nets teach the student; needs no labels.
     """
 
-    mode: Literal["direct", "components"] = "direct"
+    mode: Literal["direct", "components"] = Field(
+        "direct", description="components: nets of the sub-tasks stand between"
+    )
     choice: Literal["together", "least_ambiguous", "gain", "average", "random"] | None = Field(
         None,
         description="who teaches an image: all, by one view of the task from their joined embeddings (ours); the "
@@ -191,7 +202,7 @@ class AmalgamateSettings(StrictModel):
     )
     confidence: bool = Field(True, description="an image counts as much as its teacher is sure of it")
     components: ComponentSettings = ComponentSettings()
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, description="images a forward pass of a teacher")
     resources: TrialResources = TrialResources()
 
 
@@ -206,8 +217,8 @@ class TrainResources(StrictModel):
         description="data-parallel workers; 0 trains in this process, without Ray; [min, max] takes as many as the "
         "cluster has room for and goes on with fewer or more when nodes go or come",
     )
-    cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
+    cpus_per_worker: float = Field(1.0, gt=0, description="processors of a worker")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of a worker; may be a fraction")
     max_failures: int = Field(2, ge=0, description="restarts from the last checkpoint after a lost worker")
 
     @field_validator("num_workers")
@@ -251,15 +262,17 @@ class EvaluateSettings(StrictModel):
     seeds: int = Field(1, ge=1, description="trainings of every arm, the student's included")
     controls: tuple[
         Literal["no_teacher", "best_single", "random_set", "average", "concatenated", "finetune", "ensemble"], ...
-    ] = ("no_teacher",)
+    ] = Field(("no_teacher",), description="what the student stands beside, each on the same test images")
 
 
 class Settings(StrictModel):
     """Everything that decides what a run does."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run's name")
-    run_dir: str = Field("", description="where artefacts lie; default: runs/<name>")
-    seed: int = Field(0, ge=0)
+    run_dir: str = Field(
+        "", description="where artefacts lie: a path, or the URI of a store (s3://bucket/folder); default: runs/<name>"
+    )
+    seed: int = Field(0, ge=0, description="of the splits, the weights, the batches and the augmentation")
     task: TaskSettings
     zoo: ZooSettings
     assess: AssessSettings = AssessSettings()
@@ -271,6 +284,7 @@ class Settings(StrictModel):
     tracking: TrackingSpec = TrackingSpec()
     cluster: ClusterSpec = ClusterSpec()
     cache: CacheSpec = CacheSpec()
+    sweep: SweepSpec | None = Field(None, description="what `faculty sweep` varies; no stage depends on it")
 
     @model_validator(mode="before")
     @classmethod
@@ -279,10 +293,13 @@ class Settings(StrictModel):
             return {**data, "run_dir": f"runs/{data['name']}"}
         return data
 
+    @field_validator("run_dir")
+    @classmethod
+    def _place(cls, run_dir: str) -> str:
+        return tidy(run_dir)
+
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if "://" in self.run_dir:
-            raise ValueError(f"run_dir {self.run_dir} is a URI; a run folder must be a path that every worker sees")
         loops = {"distill.loop": self.distill.loop, "amalgamate.components.loop": self.amalgamate.components.loop}
         for section, loop in loops.items():
             counts = self.distill.resources.counts
@@ -322,7 +339,8 @@ class Settings(StrictModel):
     @property
     def zoo_file(self) -> str:
         """The zoo: that of the settings, or what the registry answered when the run began, in the run folder."""
-        return self.zoo.path or os.path.join(self.run_dir, "registered.parquet")
+        folder = local_place(self.run_dir) if is_remote(self.run_dir) else self.run_dir
+        return self.zoo.path or os.path.join(folder, "registered.parquet")
 
     def dump(self) -> dict[str, Any]:
         """Return the resolved settings as plain values."""
@@ -352,12 +370,22 @@ def load_settings(files: Sequence[str | Path], overrides: Iterable[str] = ()) ->
     merged: dict[str, Any] = {}
     origin: dict[tuple[str, ...], str] = {}
     for file in files:
-        data = load_yaml(file)
-        if not isinstance(data, dict):
-            raise ConfigError(f"{file}: must hold a mapping of settings, got {type(data).__name__}")
-        data = _absolute_paths(data, Path(file).absolute().parent)
-        _merge(merged, data, str(file), origin)
+        _merge(merged, _read(file), str(file), origin)
     return _build(merged, parse_overrides(overrides), origin)
+
+
+def overlay(settings: Settings, file: str | Path) -> Settings:
+    """Return settings with those of a YAML file laid over them, as one more file of a command line is.
+
+    Raises
+    ------
+    ConfigError
+        If the file can't be read, names what is no setting, or the result is not valid.
+    """
+    merged: dict[str, Any] = settings.dump()
+    origin: dict[tuple[str, ...], str] = {}
+    _merge(merged, _read(file), str(file), origin)
+    return _build(merged, {}, origin)
 
 
 def apply(settings: Settings, values: Mapping[str, Any]) -> Settings:
@@ -388,6 +416,13 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"override {path!r} is given twice; keep one")
         values[path] = parse_yaml(value, where=f"override {text!r}")
     return values
+
+
+def _read(file: str | Path) -> dict[str, Any]:
+    data = load_yaml(file)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: must hold a mapping of settings, got {type(data).__name__}")
+    return _absolute_paths(data, Path(file).absolute().parent)
 
 
 def _build(data: dict[str, Any], values: Mapping[str, Any], origin: Mapping[tuple[str, ...], str]) -> Settings:

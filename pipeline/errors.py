@@ -1,10 +1,20 @@
 """Errors that reach the user as one line, and the exit code each one ends the process with."""
 
+from __future__ import annotations
+
+import os
+
 
 class FacultyError(Exception):
     """A failure that is explained in one line; the process ends with exit code 1."""
 
     exit_code = 1
+
+    def _render_traceback_(self) -> list[str]:
+        # What IPython shows in the place of a traceback: the line says it all.
+        if os.environ.get("FACULTY_VERBOSE"):
+            raise NotImplementedError  # and shows the traceback
+        return [f"{type(self).__name__}: {self}"]
 
 
 class UserError(FacultyError):

@@ -23,7 +23,7 @@ ALLOWED = {
     "tracking": {"models"},
     "report": set(),
 }
-COMMON = {"errors", "strict"}
+COMMON = {"errors", "strict", "places"}
 
 
 def modules_of(room: str) -> list[str]:

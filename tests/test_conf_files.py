@@ -12,6 +12,7 @@ from pipeline.strict import load_yaml
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 DEMO = CONF / "demo" / "run.yaml"
+MANIFESTS = ("rayjob", "shared_volume", "ray_up")
 
 
 def test_the_demo_settings_are_valid_and_their_files_are_there() -> None:
@@ -20,7 +21,11 @@ def test_the_demo_settings_are_valid_and_their_files_are_there() -> None:
     assert Path(settings.task.source.path).exists()
 
 
-@pytest.mark.parametrize("overlay", sorted((CONF / "cluster").glob("*.yaml")), ids=lambda path: path.name)
+# The others are for Kubernetes and for `ray up`, see tests/unit/test_conf_cluster.py.
+OVERLAYS = sorted(set((CONF / "cluster").glob("*.yaml")) - {CONF / "cluster" / f"{name}.yaml" for name in MANIFESTS})
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
 def test_a_cluster_overlay_fits_the_demo(overlay: Path) -> None:
     assert load_settings([DEMO, overlay]) != load_settings([DEMO])
 

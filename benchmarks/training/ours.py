@@ -145,7 +145,7 @@ class Ours:
         """Return the training by teachers that look at every view."""
         teaching = Teaching.open(self.teaching("live", teachers))
         learner = self._learner(RECIPES["live"][0], teaching)
-        seeing = Live([Reference(self.task.world, n, str(self.device)).load() for n in range(teachers)])
+        seeing = Live([Reference(self.task.world, n, str(self.device)).load() for n in range(teachers)]).fold()
         lesson = Lesson("live", self.labelled, self.unlabelled, teaching, seeing)
         return lambda: self._fit(learner, lesson, *self.batches)
 
@@ -209,7 +209,7 @@ class Cache:
     def __init__(self, task: Task, device: torch.device, number: int = 0) -> None:
         self.split = ImageTable.open(task.table).split(*TAUGHT_SPLITS)
         self.rows = min(ROWS, len(self.split))
-        self.teacher = Reference(task.world, number, str(device)).load()
+        self.teacher = Reference(task.world, number, str(device)).load().fold()
         self.root = task.folder / "cache"
 
     def fill(self) -> Run:

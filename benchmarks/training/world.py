@@ -82,7 +82,7 @@ WORLDS = {
         (("resnet8", {}), ("small_vgg", {}), ("resnet14", {"width": 12}), ("small_cnn", {"width": 48})),
         shift=2,
         epoch=60_000,
-        steps={"cpu": 80, "cuda": 300},
+        steps={"cpu": 40, "cuda": 300},
     ),
     "cifar": World(
         "cifar",

@@ -94,8 +94,8 @@ def expand_logits(values: Tensor, indices: Tensor, rest: Tensor, C: int) -> Tens
     return others[:, None].repeat(1, C).scatter(1, indices.long(), values - log_z[:, None])
 
 
-def compression_error(logits: Tensor, k: int) -> float:
-    """Return the mean over images of KL(p ‖ p̂), in nats: what is lost when k classes are kept.
+def compression_error(logits: Tensor, k: int) -> Tensor:
+    """Return KL(p ‖ p̂) of each image, in nats: what is lost when k classes are kept.
 
     p = softmax(z) and p̂ is what `expand_logits` gives. Only the others contribute; with H their entropy among
     themselves and m their mass, KL = m (log(C − k) − H).
@@ -105,19 +105,22 @@ def compression_error(logits: Tensor, k: int) -> float:
     logits : (n, C) tensor
     k
 
+    Returns
+    -------
+    lost : (n,) float64 tensor
+        ≥ 0.
+
     Raises
     ------
     ValueError
-        As `compress_logits`, and if there is no row.
+        As `compress_logits`.
     """
-    if not len(logits):
-        raise ValueError("logits must have at least one row")
     logits = logits.double()
     log_p = _log_softmax(logits)
     log_q = expand_logits(**compress_logits(logits, k), C=logits.shape[1])
     p = log_p.exp()
     divergence = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1)
-    return float(divergence.clamp_min(0).mean())
+    return divergence.clamp_min(0)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

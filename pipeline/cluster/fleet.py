@@ -86,7 +86,7 @@ def fit_side_by_side(
                 ),
                 run_config=tune.RunConfig(
                     name=store.root.rsplit("/", 1)[-1],
-                    storage_path=store.uri.rsplit("/", 1)[0],
+                    storage_path=store.storage,
                     failure_config=tune.FailureConfig(max_failures=max_failures),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     callbacks=[callback],

@@ -245,7 +245,7 @@ def _trainer(
             Any,
             config.RunConfig(
                 name=job.name,
-                storage_path=job.storage if "://" in job.storage else CheckpointStore(job.storage, "").root.rstrip("/"),
+                storage_path=CheckpointStore(job.storage, job.name).storage,
                 checkpoint_config=config.CheckpointConfig(num_to_keep=KEPT),
                 failure_config=config.FailureConfig(max_failures=max_failures, controller_failure_limit=tries),
                 callbacks=callbacks(job.relay, job.storage, job.name, starts),

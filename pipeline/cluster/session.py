@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import ray
 
 from pipeline.cluster.causes import one_line
+from pipeline.cluster.in_job import job_environment
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.errors import ConfigError, UserError
 
@@ -58,6 +61,9 @@ _PROPAGATED = (
     "NCCL_SOCKET_IFNAME",
     "GLOO_SOCKET_IFNAME",
 )
+# In a job's own command these are Ray's choice for a process without processors of its own: one thread. Workers get as
+# many threads as processors.
+_OF_THE_COMMAND = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 _active: ClusterSpec | None = None
 
@@ -169,12 +175,10 @@ def _connect(spec: ClusterSpec, verbose: bool) -> None:
             options["runtime_env"] = spec.runtime_env
     else:
         _knock(str(spec.address))
-        carried = {key: os.environ[key] for key in _PROPAGATED if key in os.environ}
-        environment = dict(spec.runtime_env)
-        environment["env_vars"] = _ALWAYS | carried | environment.get("env_vars", {})
-        options |= {"address": spec.address, "runtime_env": environment}
+        options |= {"address": spec.address, "runtime_env": _runtime_env(spec)}
     try:
-        ray.init(**options)
+        with _same_sigterm():
+            ray.init(**options)
     except Exception as error:
         if spec.local:
             raise UserError(f"cluster: the local Ray did not start ({one_line(error)}); -v shows its log") from error
@@ -182,6 +186,41 @@ def _connect(spec: ClusterSpec, verbose: bool) -> None:
             f"cluster.address {spec.address!r} can't be reached ({one_line(error)}); "
             "check it, or leave it out for a local Ray"
         ) from error
+
+
+def _runtime_env(spec: ClusterSpec) -> dict[str, Any]:
+    """Return what the workers get beside what the job gave them, if there is one: Ray takes nothing from both.
+
+    Raises
+    ------
+    ConfigError
+        When the settings name what the job has, too.
+    """
+    given = job_environment()
+    variables = given.get("env_vars") or {}
+    asked = spec.runtime_env.get("env_vars", {})
+    twice = [key for key in spec.runtime_env if key in given and key != "env_vars"]
+    twice += [f"env_vars.{key}" for key in asked if key in variables]
+    if twice:
+        raise ConfigError(
+            f"cluster.runtime_env.{twice[0]}: the job's runtime environment has it, too; keep one of them"
+        )
+    carried = {
+        key: os.environ[key] for key in _PROPAGATED if key in os.environ and not (given and key in _OF_THE_COMMAND)
+    }
+    ours = {key: value for key, value in (_ALWAYS | carried).items() if key not in variables}
+    return spec.runtime_env | {"env_vars": ours | asked}
+
+
+@contextlib.contextmanager
+def _same_sigterm() -> Iterator[None]:
+    """Leave SIGTERM to whoever handles it: Ray would end the process without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _knock(address: str) -> None:

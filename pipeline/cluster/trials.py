@@ -164,7 +164,7 @@ def _tune(
             ),
             run_config=tune.RunConfig(
                 name=store.root.rsplit("/", 1)[-1],
-                storage_path=store.uri.rsplit("/", 1)[0],
+                storage_path=store.storage,
                 failure_config=tune.FailureConfig(max_failures=max_failures),
                 # A trial's state is its payload; there is nothing else to save.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 
 # An allow-list: some of Pillow's readers start other programs (EPS) or follow references in the file.
 # A camera's MPO is read as its first JPEG.
-_FORMATS = ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"]
+FORMATS = ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"]
 _MAX_PIXELS = 1 << 26  # 67 million: 200 MB as RGB; more in a small file is a decompression bomb
 _EIGHT_BIT = {"1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA"}
 _ORIENTATION = 0x0112
@@ -89,7 +89,7 @@ def decode(payload: bytes, shape: tuple[int, int, int]) -> np.ndarray:
         If it does not decode to this shape.
     """
     try:
-        with Image.open(io.BytesIO(payload), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
             pixels = _channels_first(np.asarray(image))
     except Exception as error:  # Pillow raises anything on damaged bytes: SyntaxError, struct.error, KeyError, …
         raise UnreadableImageError(_reason(error)) from None
@@ -113,7 +113,7 @@ def _from_array(array: np.ndarray, spec: ImageSpec, origin: str) -> np.ndarray:
 
 def _from_image(source: bytes | Image.Image, spec: ImageSpec) -> tuple[np.ndarray, bool]:
     try:
-        image = Image.open(io.BytesIO(source), formats=_FORMATS) if isinstance(source, bytes) else source
+        image = Image.open(io.BytesIO(source), formats=FORMATS) if isinstance(source, bytes) else source
         if image.width * image.height > _MAX_PIXELS:
             raise UnreadableImageError(f"has {image.width} x {image.height} pixels, more than {_MAX_PIXELS}")
         image.load()
@@ -167,6 +167,6 @@ def _encode(pixels: np.ndarray) -> bytes:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its message is the address of our buffer
-        return f"is no whole image of a known format ({', '.join(_FORMATS)})"
+        return f"is no whole image of a known format ({', '.join(FORMATS)})"
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pipeline.data.spec import ImageFolderSource, NumpySource, ParquetSource, SourceSpec, TorchvisionSource
+from pipeline.data.spec import ImageFolderSource, NumpySource, OwnSource, ParquetSource, SourceSpec, TorchvisionSource
 from pipeline.errors import DataError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
@@ -76,6 +76,10 @@ def open_source(spec: SourceSpec) -> Source:
         source = FolderImages(spec)
     elif isinstance(spec, TorchvisionSource):
         source = TorchvisionImages(spec)
+    elif isinstance(spec, OwnSource):
+        from pipeline.data.own import OwnImages
+
+        source = OwnImages(spec)
     else:
         source = NumpyImages(spec)
     if len(set(source.classes)) < max(2, len(source.classes)):
@@ -158,7 +162,7 @@ class FolderImages:
     def __iter__(self) -> Iterator[RawSample]:
         """Yield the class folders' files, sorted by name."""
         for name, label in self._folders:
-            for path in _image_files(self._root / name):
+            for path in image_files(self._root / name):
                 try:
                     if os.path.getsize(path) > _MAX_BYTES:
                         yield RawSample(None, label, path, f"is larger than {_MAX_BYTES >> 20} MiB")
@@ -201,7 +205,7 @@ class TorchvisionImages:
             raise DataError(
                 f"{self.where}: can't be opened ({reason}); check `root`, `split`, or set `download: true`"
             ) from None
-        self.classes = _named(spec.classes or getattr(self._data, "classes", None), self.where)
+        self.classes = named(spec.classes or getattr(self._data, "classes", None), self.where)
         self._label = LabelReader(self.classes, self.where)
 
     def __iter__(self) -> Iterator[RawSample]:
@@ -237,7 +241,7 @@ class NumpyImages:
         names = spec.classes or self._archive.read("classes")
         if names is None and labels is not None and labels.dtype.kind == "U":
             names = np.unique(labels)
-        self.classes = _named(names, self.where)
+        self.classes = named(names, self.where)
         shape, dtype = self._archive.header("images")
         if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
             raise DataError(
@@ -280,14 +284,14 @@ class _Only:
                 yield replace(sample, label=self._new[sample.label])
 
 
-def _named(names: Any, where: str) -> tuple[str, ...]:
+def named(names: Any, where: str) -> tuple[str, ...]:
     """Return class names as a tuple, or say that there are none."""
     if names is None or not len(names):
         raise DataError(f"{where}: has no class names; list them in the source's `classes`, in the order of the labels")
     return tuple(map(str, names))
 
 
-def _image_files(folder: Path) -> Iterator[str]:
+def image_files(folder: Path) -> Iterator[str]:
     """Yield the image files under a folder, sorted, without hidden ones; links to folders are not followed."""
 
     def fail(error: OSError) -> None:

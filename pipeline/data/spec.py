@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -151,8 +151,29 @@ class NumpySource(_Source):
     path: str
 
 
+class OwnSource(_Source):
+    """Code of one's own that gives images with their labels; from the task's settings alone, never from a zoo file.
+
+    Attributes
+    ----------
+    factory : str
+        ``package.module:callable``, on the path of the process that reads the images. Called with `kwargs`, it gives
+        something to go through: ``(image, label)`` after ``(image, label)``. An image is a uint8 array (H, W) or
+        (H, W, C), an encoded file's bytes or a PIL image; a label is a number, a class name or None.
+    kwargs : dict
+        Its arguments. What lies at a local `path` or `root` among them counts by its content, as with other sources.
+    version : str
+        Change it when the images have changed and nothing else tells.
+    """
+
+    type: Literal["own"] = "own"
+    factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    version: str = ""
+
+
 SourceSpec = Annotated[
-    ParquetSource | ImageFolderSource | TorchvisionSource | NumpySource,
+    ParquetSource | ImageFolderSource | TorchvisionSource | NumpySource | OwnSource,
     Field(discriminator="type"),
 ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from pipeline.errors import DataError
+from pipeline.places import cache_folder, origin_of
 
 _CHUNK = 8 << 20
 
@@ -32,7 +33,7 @@ def resolve(path: str | Path) -> tuple[fs.FileSystem, str]:
 
 
 def local_copy(path: str | Path, *, cache: Path | None = None) -> Path:
-    """Return a local path to a file, fetching it into the cache if it is remote.
+    """Return a local path to a file, fetching it into the cache if it is remote, or part of a run folder that is.
 
     Parameters
     ----------
@@ -45,10 +46,14 @@ def local_copy(path: str | Path, *, cache: Path | None = None) -> Path:
     DataError
         If there is no such file or it can't be read.
     """
+    if origin_of(path) is not None:
+        from pipeline.data.mirror import here
+
+        return here(path)
     filesystem, inner = resolve(path)
     if isinstance(filesystem, fs.LocalFileSystem):
         return Path(inner)
-    return fetch(filesystem, inner, str(path), cache or _cache_folder())
+    return fetch(filesystem, inner, str(path), cache or cache_folder())
 
 
 def fetch(filesystem: fs.FileSystem, inner: str, uri: str, cache: Path) -> Path:
@@ -108,12 +113,6 @@ def _write_whole(source, target: Path) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("FACULTY_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faculty"
 
 
 def _first_line(error: BaseException) -> str:

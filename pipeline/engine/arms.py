@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pipeline.data.mirror import share
 from pipeline.data.spec import AugmentSpec
 from pipeline.data.table import ImageSplit, ImageTable
 from pipeline.data.views import augment
@@ -31,6 +31,7 @@ from pipeline.models.recalibrate import assert_independent, recalibrate_batchnor
 from pipeline.models.spec import StudentSpec
 from pipeline.models.student import Student, adopt, build_student, save_student
 from pipeline.models.teacher import Teacher
+from pipeline.places import own
 
 LABELLED = ("train_labelled",)
 TAUGHT = ("train_labelled", "train_unlabelled")
@@ -171,6 +172,8 @@ def _learner(
     flow = None
     if flowing is not None and live is not None:
         flow = _flow(flowing, student, live, example)
+    if live is not None:
+        live.fold()
     learner = Learner(student, objective, wants=needed, taps=tuple(taps), flow=flow, flow_spec=flowing)
     return learner, live
 
@@ -227,7 +230,7 @@ def _store(
 ) -> None:
     from safetensors.torch import save_file
 
-    folder = Path(arm.folder)
+    folder = own(arm.folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in predictions.items()}, folder / "predictions.safetensors")
     save_student(student, folder, classes=classes)
@@ -235,3 +238,4 @@ def _store(
     temporary = folder / ".done.json"
     temporary.write_text(json.dumps({"name": arm.name, "seed": arm.seed}), encoding="utf-8")
     temporary.replace(folder / "done.json")
+    share(folder)

@@ -15,12 +15,14 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pyarrow import fs
+
+from pipeline.places import is_remote, join
 
 MANIFEST = "faculty-manifest.json"
 KEPT = 2
@@ -91,16 +93,41 @@ class CheckpointStore:
         A local folder or a URI (``s3://…``, ``gs://…``) that every worker reaches.
     name : str
         The run's folder inside it.
+
+    Attributes
+    ----------
+    storage, uri : str
+        As given, with an absolute path; and with the run's folder.
+    root : str
+        The run's folder in `filesystem`.
     """
 
     def __init__(self, storage: str, name: str) -> None:
         if "://" in storage:
             self.filesystem, root = fs.FileSystem.from_uri(storage)
-            self.uri = f"{storage.rstrip('/')}/{name}"
+            self.storage = storage
         else:
             self.filesystem, root = fs.LocalFileSystem(), Path(storage).absolute().as_posix()
-            self.uri = f"{root}/{name}"
+            self.storage = root
+        self.uri = join(self.storage, name)
         self.root = f"{root.rstrip('/')}/{name}"
+
+    @classmethod
+    def at(cls, place: str) -> CheckpointStore:
+        """Open the checkpoints of a run by its folder: path or URI."""
+        path, mark, options = place.partition("?") if is_remote(place) else (place, "", "")
+        storage, _, name = path.rstrip("/").rpartition("/")
+        return cls(f"{storage}{mark}{options}", name)
+
+    def manifests(self, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+        """Return the manifests of the checkpoints that have one, by name; those of `but` are not read."""
+        found = {}
+        for info in self._children():
+            name = PurePosixPath(info.path).name
+            if index_of(name) is not None and name not in but:
+                with contextlib.suppress(OSError, ValueError):  # not whole yet, or just being deleted
+                    found[name] = self._manifest(info.path)
+        return found
 
     def whole(self) -> list[SavedCheckpoint]:
         """Return the whole checkpoints, oldest first."""
@@ -120,7 +147,7 @@ class CheckpointStore:
 
     def path(self, name: str) -> str:
         """Return where a checkpoint lies, with the scheme of the storage where it has one."""
-        return f"{self.uri}/{name}"
+        return join(self.uri, name)
 
     def save(self, folder: Path, metrics: dict[str, Any], index: int) -> SavedCheckpoint:
         """Copy a local folder into the store. The manifest goes last, so that a copy cut short is no checkpoint."""
@@ -140,7 +167,7 @@ class CheckpointStore:
         self.filesystem.create_dir(str(PurePosixPath(target).parent), recursive=True)
         with self.filesystem.open_output_stream(target) as stream:
             stream.write(data)
-        return f"{self.uri}/{relative}"
+        return join(self.uri, relative)
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[Path]:

@@ -24,7 +24,7 @@ class Part(StrictModel):
 
     target: ClassVar[str]
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, description="of this part in the loss")
     rise: float = Field(0.0, ge=0, le=1, description="part of the training over which the weight rises from 0")
     fade: float = Field(1.0, ge=0, le=1, description="point of the training from which the weight falls to 0; 1: never")
 
@@ -48,7 +48,7 @@ class CrossEntropyPart(Part):
 
     target: ClassVar[str] = f"{_ROOM}.cross_entropy:CrossEntropy"
 
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label that is spread over all classes")
 
 
 class TransportPart(Part):
@@ -65,7 +65,7 @@ class KDPart(Part):
 
     target: ClassVar[str] = f"{_ROOM}.kd:KnowledgeDistillation"
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of the softmax on both sides")
 
 
 class DKDPart(Part):
@@ -75,7 +75,7 @@ class DKDPart(Part):
 
     alpha: float = Field(1.0, ge=0, description="weight of the target class's part")
     beta: float = Field(8.0, ge=0, description="weight of the other classes' part")
-    temperature: float = Field(4.0, gt=0)
+    temperature: float = Field(4.0, gt=0, description="of the softmax on both sides")
 
 
 class DISTPart(Part):
@@ -85,7 +85,7 @@ class DISTPart(Part):
 
     beta: float = Field(1.0, ge=0, description="weight of the relation over classes")
     gamma: float = Field(1.0, ge=0, description="weight of the relation over images")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of the softmax on both sides")
 
 
 class HintsPart(Part):
@@ -102,7 +102,7 @@ class AttentionPart(Part):
     target: ClassVar[str] = f"{_ROOM}.attention:AttentionTransfer"
 
     weight: float = Field(1000.0, ge=0, description="half of it is the β of the authors' code")
-    power: float = Field(2.0, gt=0)
+    power: float = Field(2.0, gt=0, description="of the activations that a map sums up")
     layers: LayersSpec = LayersSpec()
 
 
@@ -128,7 +128,7 @@ class ConcatenatedPart(Part):
 
     target: ClassVar[str] = f"{_ROOM}.concatenated:ConcatenatedKD"
 
-    temperature: float = Field(4.0, gt=0)
+    temperature: float = Field(4.0, gt=0, description="of the softmax on both sides")
     head: Literal["auxiliary", "classes"] = Field(
         "auxiliary",
         description="auxiliary: a second head, dropped afterwards; classes: the student's own, where the teachers' "
@@ -142,7 +142,7 @@ class DroppingPart(Part):
     target: ClassVar[str] = f"{_ROOM}.dropping:TeacherDropping"
 
     drop: float = Field(0.5, ge=0, lt=1, description="probability that a teacher is dropped for an image")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of the softmax on both sides")
 
 
 class CommonFeaturesPart(Part):
@@ -158,8 +158,8 @@ class ComponentPart(Part):
 
     target: ClassVar[str] = f"{_ROOM}.amalgamation:Component"
 
-    features: float = Field(1.0, ge=0)
-    logits: float = Field(1.0, ge=0)
+    features: float = Field(1.0, ge=0, description="weight of the features in the common space")
+    logits: float = Field(1.0, ge=0, description="weight of the logits")
     norm: float = Field(1.0, ge=0, description="keeps the common space from shrinking to nothing")
     soft: float = Field(0.0, ge=0, description="weight of the teacher's distribution over the sub-task's classes")
     view: Literal["classes", "carried"] | None = Field(
@@ -175,8 +175,8 @@ class TargetPart(Part):
 
     target: ClassVar[str] = f"{_ROOM}.amalgamation:Target"
 
-    features: float = Field(1.0, ge=0)
-    logits: float = Field(1.0, ge=0)
+    features: float = Field(1.0, ge=0, description="weight of the features in the common space")
+    logits: float = Field(1.0, ge=0, description="weight of the logits")
     layers: LayersSpec = LayersSpec(before_activation=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from pipeline.data.mirror import here
 from pipeline.engine.objective_spec import FlowSpec, ObjectiveSpec
 from pipeline.models.spec import StudentSpec
 from pipeline.strict import StrictModel
@@ -24,14 +25,16 @@ class OptimSpec(StrictModel):
     fraction in `milestones`, `constant` stays.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(3e-3, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
+    name: Literal["adamw", "sgd"] = Field("adamw", description="the optimiser")
+    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled for adamw")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only (Nesterov)")
-    schedule: Literal["cosine", "one_cycle", "step", "constant"] = "cosine"
+    schedule: Literal["cosine", "one_cycle", "step", "constant"] = Field(
+        "cosine", description="of the learning rate after its rise"
+    )
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of all steps")
     milestones: tuple[float, ...] = Field((0.5, 0.75), description="fractions of all steps, for schedule: step")
-    gamma: float = Field(0.1, gt=0, le=1)
+    gamma: float = Field(0.1, gt=0, le=1, description="factor at each of them, for schedule: step")
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; null: no clipping")
 
 
@@ -43,7 +46,7 @@ class LoopSpec(StrictModel):
     among the workers.
     """
 
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=1, description="passes over the images that teachers teach on")
     batch_size: int = Field(128, ge=1, description="images taught by teachers in one step, over all workers")
     labelled_batch: int = Field(64, ge=1, description="labelled images in one step, over all workers")
     optim: OptimSpec = OptimSpec()
@@ -121,4 +124,4 @@ class Arm:
     @property
     def done(self) -> bool:
         """Whether it has been trained to its end."""
-        return (Path(self.folder) / "done.json").exists()
+        return here(Path(self.folder) / "done.json").exists()

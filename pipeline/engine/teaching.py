@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.data.mirror import here
 from pipeline.distillation.step import Said
 from pipeline.engine.spec import RAW, SPOKEN
 from pipeline.errors import StageError
@@ -124,7 +125,7 @@ class Teaching:
     @classmethod
     def open(cls, folder: str | Path) -> Teaching:
         """Map the files of `save`."""
-        folder = Path(folder)
+        folder = here(folder)
         return cls(folder, json.loads((folder / _ABOUT).read_text(encoding="utf-8")))
 
     def __len__(self) -> int:
@@ -181,7 +182,7 @@ class Teaching:
         if name not in self._maps:
             found = []
             for one in self.speakers:
-                with safe_open(Path(one.folder) / name, "pt") as handle:  # tensors stay views of the memory map
+                with safe_open(here(Path(one.folder) / name), "pt") as handle:  # tensors stay views of the memory map
                     found.append({key: handle.get_tensor(key) for key in handle.keys()})
             self._maps[name] = found
         return self._maps[name]

@@ -34,7 +34,7 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
 def missing(path: str | Path) -> str | None:
     """Say in one line why `path` can't be a weight file; None if it can."""
     if "://" in os.fspath(path) or re.match(r"[A-Za-z][\w+.-]*:/(?!/)", os.fspath(path)):
-        return "is a URI; weights are read from local files, so copy it first"
+        return "is a URI, of which nothing is known: give its `sha256`, or copy the file and give a path"
     if "\0" in os.fspath(path):
         return "is no path"
     if not os.path.exists(path):

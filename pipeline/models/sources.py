@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.errors import TeacherError
+from pipeline.errors import DataError, TeacherError
 from pipeline.models.archive import load_program, output_widths
 from pipeline.models.capture import find_penultimate, module_at
 from pipeline.models.class_names import class_names
@@ -38,6 +38,7 @@ from pipeline.models.spec import (
 )
 from pipeline.models.teacher import Teacher
 from pipeline.models.weights import fill, read_state_dict
+from pipeline.places import is_remote
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def load_teacher(
     Parameters
     ----------
     spec : TeacherSpec
-        With absolute paths, as `load_zoo` gives it.
+        With absolute paths, as `load_zoo` gives it. A weight file may be a URI, and its `sha256` is given then: it is
+        fetched to the cache of the machine that asks.
     device : str or torch.device
     trusted_factories : tuple of str
         Prefixes of the modules that `factory` may come from.
@@ -99,6 +101,7 @@ def load_teacher(
         One line: teacher, field or file, what is wrong and the remedy.
     """
     try:
+        spec = _here(spec)
         _check_file(spec)
         if isinstance(spec.source, MlflowModel):
             spec, found = _registered(spec, spec.source, device, resolvers or {})
@@ -122,6 +125,19 @@ def load_teacher(
         return teacher.to(device)
     except Refused as error:
         raise TeacherError(f"teacher {spec.name!r}: {error}") from None
+
+
+def _here(spec: TeacherSpec) -> TeacherSpec:
+    """Return the spec with the local copy of a weight file that is given by a URI."""
+    if spec.path is None or not is_remote(spec.path) or spec.sha256 is None:
+        return spec
+    from pipeline.data.storage import local_copy
+
+    try:
+        path = str(local_copy(spec.path))
+    except DataError as error:
+        raise Refused(f"`source.path` {error}") from None
+    return spec.model_copy(update={"source": spec.source.model_copy(update={"path": path})})
 
 
 def _check_file(spec: TeacherSpec) -> None:

@@ -288,6 +288,10 @@ class TeacherSpec(StrictModel):
     @classmethod
     def _own_classes(cls, value: SourceSpec | None, info: ValidationInfo) -> SourceSpec | None:
         classes = info.data.get("classes")
+        if value is not None and value.type == "own":
+            raise ValueError(
+                "`type: own` is code, and a zoo file names none for its examples; use image_folder or numpy"
+            )
         if value is not None and isinstance(classes, tuple):  # other classes are known when the teacher is loaded
             unknown = [name for name in value.only or value.classes or () if name not in classes]
             if unknown:

@@ -14,7 +14,8 @@ from typing import Any
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.models.files import file_sha256, missing
 from pipeline.models.spec import TeacherSpec, ZooFile
-from pipeline.strict import load_yaml, validate
+from pipeline.places import is_remote, join
+from pipeline.strict import load_yaml, parse_yaml, validate
 
 _LISTED = 20  # names in an error
 _COMPARED = 200  # names that are compared letter by letter with a wrong one
@@ -138,7 +139,8 @@ def teacher_fingerprint(spec: TeacherSpec, *, where: str = "zoo") -> str:
     """
     content = spec.model_dump(mode="json", exclude={"licence", "notes", "sha256", "accuracy", "examples"})
     if spec.path is not None:
-        problem = missing(spec.path)
+        # What a URI leads to is compared with its hash when it is loaded.
+        problem = None if is_remote(spec.path) and spec.sha256 else missing(spec.path)
         if problem:
             raise TeacherError(f"{where}: teacher {spec.name!r}: `source.path` {spec.path} {problem}")
         content["source"]["path"] = spec.sha256 or file_sha256(spec.path)
@@ -169,6 +171,8 @@ def _nearest(name: str, names: Iterable[str]) -> str | None:
 def load_zoo(path: str | Path) -> Zoo:
     """Read a zoo file, or open a catalogue (``.parquet``); relative paths in it are relative to it.
 
+    A zoo file may be a URI; a catalogue is read where it lies, and must be a path.
+
     Weight files are not looked at: one bad teacher does not keep the others from being used, see `check_teacher`.
     The teachers of a catalogue are read and validated one by one, when they are asked for.
 
@@ -177,6 +181,8 @@ def load_zoo(path: str | Path) -> Zoo:
     ConfigError
         Naming file, field and remedy.
     """
+    if is_remote(path):
+        return _remote_zoo(str(path))
     if Path(path).suffix == ".parquet":
         from pipeline.models.catalogue import Catalogue
 
@@ -187,6 +193,24 @@ def load_zoo(path: str | Path) -> Zoo:
     zoo = validate(ZooFile, data, where=str(path))
     folder = Path(path).absolute().parent
     return Zoo([absolute(spec, folder) for spec in zoo.teachers], where=str(path))
+
+
+def _remote_zoo(uri: str) -> Zoo:
+    from pipeline.data.storage import local_copy
+
+    address, mark, options = uri.partition("?")
+    if address.endswith(".parquet"):
+        raise ConfigError(f"{uri}: a catalogue is read where it lies; copy it, and give its path")
+    data = parse_yaml(local_copy(uri).read_text(encoding="utf-8", errors="replace"), where=uri)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{uri}: must hold `teachers:` with a list, got {type(data).__name__}")
+    zoo = validate(ZooFile, data, where=uri)
+    folder = address.rpartition("/")[0] + mark + options
+
+    def move(path: str) -> str:
+        return path if os.path.isabs(path) else join(folder, path)
+
+    return Zoo([_moved(spec, move) for spec in zoo.teachers], where=uri)
 
 
 def absolute(spec: TeacherSpec, folder: Path) -> TeacherSpec:
@@ -203,7 +227,6 @@ def _moved(spec: TeacherSpec, move: Callable[[str], str]) -> TeacherSpec:
     changed: dict[str, Any] = {}
     for field in ("source", "examples"):
         part = getattr(spec, field)
-        # A URI is told of when the teacher is loaded.
         paths = {key: getattr(part, key, None) for key in ("path", "root")}
         moved = {key: move(path) for key, path in paths.items() if path is not None and "://" not in path}
         if moved:

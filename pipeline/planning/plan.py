@@ -13,10 +13,12 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.config import Settings
+from pipeline.data.mirror import share
 from pipeline.errors import ConfigError, FacultyError
 from pipeline.models.spec import TeacherSpec
 from pipeline.models.teacher import Teacher
 from pipeline.models.zoo import Zoo, load_zoo
+from pipeline.places import is_remote
 from pipeline.planning.against import FILE
 from pipeline.planning.calibrate import PARTS, calibrate
 from pipeline.planning.described import Cluster, parse_cluster, this_machine
@@ -159,7 +161,7 @@ def make_plan(
         memory=tuple(memory),
         disk=disk,
         refused=tuple(refusals(settings, cluster, memory, disk, open_stages)),
-        warnings=(*facts.notes, *rates.notes, *warnings(teachers, settings, cluster)),
+        warnings=(*facts.notes, *rates.notes, *warnings(teachers, settings, cluster, _weights(zoo))),
         price=price,
     )
 
@@ -177,6 +179,7 @@ def keep(plan: Plan) -> Path:
     path = files.root / FILE
     try:
         write_json(path, plan.as_dict())
+        share(path)
     except OSError as error:
         raise ConfigError(f"{path}: can't be written ({error.strerror or error}); choose another run_dir") from None
     return path
@@ -196,6 +199,12 @@ def _zoo(settings: Settings) -> Zoo:
         )
     zoo = load_zoo(path)
     return zoo if settings.zoo.only is None else zoo.only(settings.zoo.only)
+
+
+def _weights(zoo: Zoo) -> set[Path]:
+    """Return the folders of the teachers' weights on disks."""
+    paths = [zoo[name].path for name in zoo.names]
+    return {Path(path).parent for path in paths if path is not None and not is_remote(path)}
 
 
 def _finished(settings: Settings, files: RunFolder) -> tuple[dict[str, str], dict[str, Record]]:
@@ -232,7 +241,7 @@ def _work(
 ) -> Work:
     chosen = None
     if "select" in records:
-        text = (files.folder("select", records["select"].key) / "faculty.json").read_text(encoding="utf-8")
+        text = (files.finished("select", records["select"].key) / "faculty.json").read_text(encoding="utf-8")
         chosen = json.loads(text)["chosen"]
     nets = net_sizes(settings, facts)
     if "finetune" in settings.evaluate.controls and chosen:
@@ -297,7 +306,7 @@ def _load(spec: TeacherSpec, settings: Settings, device: str) -> Teacher:
         from pipeline.tracking.connect import find_store
         from pipeline.tracking.resolve import load_mlflow_module
 
-        store = find_store(settings.tracking, Path(settings.run_dir))
+        store = find_store(settings.tracking, settings.run_dir)
         return load_mlflow_module(uri, store.uri)
 
     try:

@@ -95,7 +95,7 @@ def _usable(settings: Settings, files: RunFolder, stage: str) -> Record | None:
     if record is None:
         return None
     try:
-        before = load_yaml(files.folder(stage, record.key) / "settings.yaml")
+        before = load_yaml(files.finished(stage, record.key) / "settings.yaml")
     except Exception:  # damaged, or of another version: it says nothing then
         return None
     now = settings.dump()
@@ -119,7 +119,7 @@ def _assessed(
 
     keys = {teacher.name: teacher.key for teacher in teachers}
     try:
-        rows = pq.read_table(files.folder("assess", record.key) / "assessment.parquet").to_pylist()
+        rows = pq.read_table(files.finished("assess", record.key) / "assessment.parquet").to_pylist()
     except OSError:
         return {}, [], None, None
     rows = [row for row in rows if row["error"] is None and row["seconds"] is not None]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.places import is_remote, local_place
 from pipeline.planning.described import GIB, Cluster, is_shared
 from pipeline.planning.memory import Memory
 from pipeline.planning.teachers import TeacherSize
@@ -50,8 +51,10 @@ def refusals(
     ]
 
 
-def warnings(teachers: Sequence[TeacherSize], settings: Settings, cluster: Cluster) -> list[str]:
-    """Return what would not stop a run, but should be known before it."""
+def warnings(
+    teachers: Sequence[TeacherSize], settings: Settings, cluster: Cluster, weights: Collection[Path] = ()
+) -> list[str]:
+    """Return what would not stop a run, but should be known before it; `weights` are folders of teachers' files."""
     found = [f"teacher {one.name}: {one.problem}" for one in teachers if one.problem]
     if cluster.here and not settings.cluster.local:
         found.append(
@@ -59,7 +62,18 @@ def warnings(teachers: Sequence[TeacherSize], settings: Settings, cluster: Clust
         )
     if not cluster.here and cluster.nodes > 1 and settings.cluster.local:
         found.append("cluster.address is null: a run would use one machine, not the nodes described")
+    apart = sorted(str(folder) for folder in weights if is_shared(folder) is False)
+    if apart and _several(settings, cluster) and cluster.shared is not True:
+        found.append(
+            f"weights in {apart[0]} lie on a disk of this machine: every node needs them at that path (a shared path, "
+            "its image), or give s3://… in the zoo"
+        )
     return found
+
+
+def _several(settings: Settings, cluster: Cluster) -> bool:
+    """Whether other machines than this one are to work."""
+    return not settings.cluster.local and (cluster.nodes > 1 or cluster.here)
 
 
 def _unschedulable(settings: Settings, cluster: Cluster, stages: Sequence[str]) -> list[Refusal]:
@@ -133,15 +147,14 @@ def _fewer(one: Memory, fit: int) -> str:
 
 def _places(settings: Settings, cluster: Cluster, disk: Mapping[str, int], stages: Sequence[str]) -> list[Refusal]:
     found = []
-    folder = Path(settings.run_dir).absolute()
-    several = cluster.nodes > 1 or (cluster.here and not settings.cluster.local)
+    folder, remote = local_place(settings.run_dir), is_remote(settings.run_dir)
     shared = cluster.shared if cluster.shared is not None else is_shared(folder)
-    if several and not settings.cluster.local and shared is False:
+    if _several(settings, cluster) and not remote and shared is False:
         found.append(
             Refusal(
                 f"run_dir {folder} lies on a disk of this machine, and cluster.address is {settings.cluster.address!r}",
-                "every node must see it: put run_dir on a shared path (NFS, Lustre, …), or say --cluster …,shared=yes "
-                "if it is one",
+                "every node must see it: put run_dir on a shared path (NFS, Lustre, …) or in a store (s3://…), or say "
+                "--cluster …,shared=yes if it is one",
             )
         )
     needed = disk.get("cache", 0)
@@ -153,7 +166,8 @@ def _places(settings: Settings, cluster: Cluster, disk: Mapping[str, int], stage
                 f"set cache.quota_gb={needed * 1.1 / 1e9:.3g}, or keep less with cache.top_k",
             )
         )
-    found += _full(folder, sum(size for name, size in disk.items() if name not in ("cache", "object store")), "run_dir")
+    size = sum(size for name, size in disk.items() if name not in ("cache", "object store"))
+    found += _full(folder, size, "FACULTY_CACHE" if remote else "run_dir")
     root = cache_root(settings)
     found += _full(root, min(needed, settings.cache.quota_bytes), "cache.path")
     store = settings.cluster.object_store_mb

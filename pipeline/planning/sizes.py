@@ -34,7 +34,8 @@ def output_columns(classes: int, features: int, *, precision: Precision, top_k: 
     if top_k is None or top_k >= classes:
         return {"features": item * features, "logits": item * classes}
     number = 2 if classes <= torch.iinfo(torch.int16).max + 1 else 4
-    return {"features": item * features, "indices": number * top_k, "rest": item, "values": item * top_k}
+    kept = {"indices": number * top_k, "lost": item, "rest": item, "values": item * top_k}
+    return {"features": item * features, **kept}
 
 
 def shard_bytes(rows: int, columns: Mapping[str, int], *, classes: int = 1) -> int:

@@ -18,6 +18,7 @@ from pipeline.models.factories import Refused, called, import_factory, one_line,
 from pipeline.models.files import missing
 from pipeline.models.spec import SafetensorsModel, StateDictModel, TeacherSpec, TimmModel, TorchvisionModel
 from pipeline.models.weights import fill
+from pipeline.places import is_remote
 from pipeline.planning.nets import NetSize, measure_net, weights_of
 
 _TYPES = {
@@ -240,8 +241,8 @@ def _from_header(spec: TeacherSpec) -> NetSize | None:
 
 def _file_problem(spec: TeacherSpec, net: nn.Module | None) -> str:
     """Say why a teacher's weights are no use for its net; "" where nothing is known against them."""
-    if spec.path is None:
-        return ""
+    if spec.path is None or (is_remote(spec.path) and spec.sha256):
+        return ""  # a URI is fetched by whom it is loaded
     problem = missing(spec.path)
     if problem:
         return f"`source.path` {spec.path} {problem}"

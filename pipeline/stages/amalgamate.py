@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.mirror import here
 from pipeline.engine.spec import NOT_DECISIVE
 from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.assess import rows_of
@@ -219,7 +220,7 @@ def assign_carried(run: Run, names: Sequence[str], gains: Sequence[float] | None
 
     said, images = [], len(_taught(run))
     for name in names:
-        with safe_open(spoken(run, name) / SPOKEN, "pt") as handle:
+        with safe_open(here(spoken(run, name) / SPOKEN), "pt") as handle:
             said.append(handle.get_slice("carried")[:images].float())  # the first view is the image as it is
     carried = torch.stack(said)
     carried /= carried.sum(-1, keepdim=True)  # half precision rounds the sums away from 1

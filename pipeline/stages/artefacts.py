@@ -10,10 +10,14 @@ Layout::
 A key is a hash of everything that the stage's result depends on: its settings (resources excepted), its version, and
 the digests of its inputs. A stage whose inputs come out the same again is therefore fresh, whatever ran before it, and
 changed settings never overwrite an earlier result.
+
+Where `run_dir` is a URI, all of this lies in the store; `root` is its mirror on this machine, see
+`pipeline.data.mirror`. Artefacts are fetched when they are read, and sent when a stage is finished, `stage.json` last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -24,14 +28,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.errors import UserError
+from pipeline.data.mirror import Mirror, here, share
+from pipeline.errors import FacultyError, UserError
+from pipeline.places import is_remote, join, local_place
 from pipeline.tracking.redact import redact
 
+if TYPE_CHECKING:
+    from pipeline.report.console import Display
+
 RUN_FORMAT = 1
+# What tells where a run stands: fetched before anything is read.
+_INDEX = ("run.json", "settings.yaml", "plan.json", "recorded.json", "registered.*", "*/*/stage.json")
+# What was recorded and reported so far, which a run goes on with.
+_RECORDED = ("tracking-journal/*", "tracking.jsonl", "report.html")
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,21 @@ class Status:
 
 
 class RunFolder:
-    """A run's folder on disk.
+    """A run's folder, on disk or in a store.
+
+    Parameters
+    ----------
+    place : str or Path
+        A path or a URI.
+
+    Attributes
+    ----------
+    root : Path
+        The folder on this machine.
+    place : str
+        The path or the URI.
+    mirror : Mirror or None
+        Of a URI.
 
     Raises
     ------
@@ -81,11 +108,21 @@ class RunFolder:
         If it was written by another format version, or can't be written.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).absolute()
+    def __init__(self, place: str | Path) -> None:
+        self.root = local_place(place)
+        self.mirror: Mirror | None = None
+        self.place = str(self.root)
+        if is_remote(place):
+            self.mirror, self.place = Mirror.of(str(place)), str(place)
+
+    @property
+    def storage(self) -> str:
+        """Where trainings and trials keep their checkpoints: a path or a URI that every worker reaches."""
+        return join(self.place, "ray")
 
     def prepare(self) -> None:
         """Create the folder, or check that it is one of ours and can be written."""
+        self._look()
         marker = self.root / "run.json"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -94,13 +131,20 @@ class RunFolder:
             if not marker.exists():
                 write_json(marker, {"format": RUN_FORMAT, "id": uuid.uuid4().hex})
         except OSError as error:
-            raise UserError(
-                f"run_dir {self.root}: can't be written ({error.strerror}); choose another run_dir or free it"
-            ) from None
-        self.check()
+            remedy = "choose another run_dir or free it" if self.mirror is None else "set another FACULTY_CACHE"
+            raise UserError(f"run_dir {self.root}: can't be written ({error.strerror}); {remedy}") from None
+        self._check_marker()
 
     def check(self) -> None:
-        """Check the format version of an existing folder."""
+        """Check the format version of an existing folder; of one in a store, fetch what tells where its run stands."""
+        self._look()
+        self._check_marker()
+
+    def _look(self) -> None:
+        if self.mirror is not None:
+            self.mirror.look(*_INDEX)
+
+    def _check_marker(self) -> None:
         marker = self.root / "run.json"
         if not marker.exists():
             return
@@ -122,8 +166,46 @@ class RunFolder:
         return json.loads((self.root / "run.json").read_text(encoding="utf-8"))
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder for this process; a second one gets a clear error instead of a tangle."""
+    def lock(self, display: Display | None = None) -> Iterator[None]:
+        """Hold the folder for this process; a second one gets a clear error instead of a tangle.
+
+        A folder in a store is held there, too; what was written into its mirror is sent when the block ends, however it
+        ends.
+        """
+        with self._lock_here():
+            if self.mirror is None:
+                yield
+                return
+            from pipeline.data.claim import claim
+
+            with contextlib.ExitStack() as stack:
+                with contextlib.nullcontext() if display is None else display.working("opening the run folder"):
+                    notice = (lambda text: None) if display is None else display.note
+                    stack.enter_context(claim(self.mirror, notice=notice))
+                    self.mirror.reconcile()
+                    self.mirror.look(*_INDEX, *_RECORDED)
+                    if not (self.root / "run.json").exists():  # the store was emptied since it was sent
+                        self.prepare()
+                try:
+                    yield
+                except BaseException:
+                    with contextlib.suppress(FacultyError):  # what ended the block says more
+                        self.push()
+                    raise
+                self.push()
+
+    def push(self) -> None:
+        """Send what was written into the mirror; a folder on disk needs none of it."""
+        if self.mirror is not None:
+            self.mirror.push()
+
+    def pull(self, *patterns: str) -> None:
+        """Fetch many small files at once, by patterns such as ``teachers/*/row.json``, before they are read."""
+        if self.mirror is not None:
+            self.mirror.pull(*patterns)
+
+    @contextmanager
+    def _lock_here(self) -> Iterator[None]:
         with (self.root / ".lock").open("a+") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,12 +213,16 @@ class RunFolder:
                 handle.seek(0)
                 holder = handle.read().strip() or "unknown"
                 raise UserError(
-                    f"run_dir {self.root}: in use by process {holder}; wait for it, or choose another run_dir"
+                    f"run_dir {self.place}: in use by process {holder}; wait for it, or choose another run_dir"
                 ) from None
             handle.truncate(0)
             handle.write(str(os.getpid()))
             handle.flush()
             yield
+
+    def finished(self, stage: str, key: str) -> Path:
+        """Return the folder of a finished stage, with its files; large tables are fetched when they are opened."""
+        return here(self.folder(stage, key), but=("images.arrow",))
 
     def folder(self, stage: str, key: str) -> Path:
         """Return the folder of a stage's result under a key."""
@@ -154,13 +240,16 @@ class RunFolder:
 
     def finish(self, record: Record) -> None:
         """Mark a stage finished: the last thing that is written."""
-        write_json(self.folder(record.stage, record.key) / "stage.json", asdict(record))
+        self.push()
+        path = self.folder(record.stage, record.key) / "stage.json"
+        write_json(path, asdict(record))
+        share(path)
 
     def status(self, stage: str, key: str, inputs: Mapping[str, Any]) -> Status:
         """Say whether the result under `key` is there, and what changed if it is not."""
         if self.record(stage, key) is not None:
             return Status(stage, "fresh")
-        partial = self.folder(stage, key).is_dir()
+        partial = bool(self.folder(stage, key).is_dir() or (self.mirror and self.mirror.listed(f"{stage}/{key}")))
         former = self.newest(stage)
         if former is None:
             return (

@@ -7,16 +7,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.mirror import share
 from pipeline.errors import FacultyError, StageError
 from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.base import Outcome, Run
 from pipeline.stages.class_level import accuracy_of, identity, thin
-from pipeline.stages.outputs import CachedTeacher, tidy_cache
+from pipeline.stages.outputs import CachedTeacher, tell_kept, tidy_cache
+from pipeline.stages.own_scores import own_columns, own_needing_labels
 from pipeline.stages.probe import ProbePayload, build_probe
 from pipeline.stages.recording_data import record_datasets
 from pipeline.stages.recording_teachers import TeacherRuns, record_assessment
 from pipeline.stages.rungs import assess_rung
-from pipeline.stages.teachers import TeacherJob, carried, has_labels, kept, outputs_folder, table_of, teacher_folder
+from pipeline.stages.teachers import (
+    TeacherJob,
+    carried,
+    has_labels,
+    kept,
+    outputs_folder,
+    scoring,
+    table_of,
+    teacher_folder,
+)
 
 SCORES = (
     "score",
@@ -69,7 +80,7 @@ class Assess:
         """Depend on the settings and on every teacher's spec and weights."""
         excluded: Any = {"resources": True, "names": {"path"}}  # the file counts by its content
         return {
-            "assess": run.settings.assess.model_dump(mode="json", exclude=excluded) | identity(run),
+            "assess": scoring(run, excluded) | identity(run),
             "teachers": {name: run.fingerprint(name) for name in run.zoo.names},
             "trusted_factories": list(run.settings.zoo.trusted_factories),
             "kept": kept(run),
@@ -83,6 +94,7 @@ class Assess:
         names, class_level, dropped = thin(run)
         homes = {name: teacher_folder(run, name) for name in names}
         climbing = _climbing(run, len(names))
+        run.files.pull("teachers/*/row.json")
         rows = {name: row for name, home in homes.items() if (row := read_row(home)) is not None}
         if climbing:
             # Teachers are judged against each other: a row counts if all took part in the same search. What they said
@@ -117,14 +129,15 @@ class Assess:
         ordered = sorted(rows.values(), key=_place)
         pq.write_table(pa.Table.from_pylist(ordered, schema=schema(run)), folder / "assessment.parquet")
         columns = schema(run).names
-        record_assessment(run, folder, [{name: row[name] for name in columns} for row in ordered])
+        record_assessment(run, folder, [{name: row.get(name) for name in columns} for row in ordered])
         runs.record_others(ordered)
         runs.record_plans(ordered)
         failed = [row for row in ordered if row["error"]]
         if len(failed) == len(ordered):
             reasons = "; ".join(f"{row['teacher']}: {row['error']}" for row in failed[:3])
             raise StageError(f"assess: none of the {len(ordered)} teachers could be assessed ({reasons})")
-        results = [{key: row[key] for key in ("teacher", "fingerprint", "rung", "error", *SCORES)} for row in ordered]
+        told = ("teacher", "fingerprint", "rung", "error", *SCORES, *own_columns(run.settings.assess))
+        results = [{key: row[key] for key in told} for row in ordered]
         return Outcome(
             digest=digest_of(results),
             summary={
@@ -153,6 +166,7 @@ class Assess:
         settings = run.settings.assess
         rows: dict[str, dict[str, Any]] = {}
         passing: list[str] = []
+        told: dict[str, dict[str, Any]] = {}
         items = [
             TrialItem(
                 name,
@@ -174,7 +188,13 @@ class Assess:
             def keep(name: str, result: dict[str, Any]) -> None:
                 row = _row(run, name, result | {"rung": None if "error" in result else result.get("rung", 0) + 1})
                 if row["error"] is None:
+                    told[name] = {
+                        "rows": row["images"] or 0,
+                        "lost": row["top_k_loss"] or 0.0,
+                        "note": result.get("note", ""),
+                    }
                     write_json(homes[name] / "row.json", row | {"search": search})
+                    share(homes[name] / "row.json")
                 elif result.get("error_type") not in _OWN or _MISMATCH in row["error"]:
                     passing.append(name)
                 complete(row)
@@ -189,13 +209,14 @@ class Assess:
                 resources={"CPU": settings.resources.cpus, "GPU": settings.resources.gpus},
                 max_concurrent=settings.resources.max_concurrent,
                 max_failures=settings.resources.max_failures,
-                storage=run.files.root / "ray",
+                storage=run.files.storage,
                 experiment="assess",
                 on_result=keep,
                 climbing=climbing,
                 shared=probe,
                 verbose=run.verbose,
             )
+        tell_kept(run, told.items())
         tidy_cache(run)
         return rows, passing
 
@@ -224,6 +245,7 @@ def schema(run: Run) -> Any:
     from pipeline.assessment.probe import NEED_LABELS
 
     needing = set(NEED_LABELS) | ({"score", "score_low", "score_high"} if has_labels(run) else set())
+    needing |= own_needing_labels(run.settings.assess)
     class_level = run.settings.assess.search.class_level
     if class_level is not None and class_level.cost == "reference":
         needing.add("class_level")
@@ -240,9 +262,10 @@ def schema(run: Run) -> Any:
             ("rung", pa.int32()),
             ("images", pa.int64()),
             ("dropped", pa.string()),
-            *map(score, SCORES),
+            *map(score, (*SCORES, *own_columns(run.settings.assess))),
             ("precision", pa.string()),
             ("forward_seconds", pa.float64()),
+            ("top_k_loss", pa.float64()),
             ("seconds", pa.float64()),
             ("peak_mb", pa.float64()),
             ("peak_gpu_mb", pa.float64()),

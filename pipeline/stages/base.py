@@ -86,7 +86,7 @@ class Run:
     def folder(self, stage: str) -> Path:
         """Return the folder of a finished stage's result."""
         record = self.records[stage]
-        return self.files.folder(stage, record.key)
+        return self.files.finished(stage, record.key)
 
     def part(self, kind: str, name: str, inputs: Mapping[str, Any]) -> Path:
         """Return the folder of a piece of work that several stages, or the same stage under other settings, may share.
@@ -131,7 +131,10 @@ class Run:
             self._exits.enter_context(session(self.settings.cluster, verbose=self.verbose))
         self._open.add("cluster")
         from pipeline.stages.recording import record_cluster
+        from pipeline.stages.visibility import check_nodes
 
+        with self.display.working("asking the nodes what they see"):
+            check_nodes(self)
         record_cluster(self)
 
     def fingerprint(self, name: str) -> str:

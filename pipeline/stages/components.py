@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.mirror import here
 from pipeline.errors import ConfigError, StageError
+from pipeline.places import join
 from pipeline.stages import training
 from pipeline.stages.amalgamate import assign_carried, ground_cost, histograms, speaker, write_assignments
 from pipeline.stages.artefacts import digest_of, write_json
@@ -53,11 +55,12 @@ class ComponentReference:
         from pipeline.models.student import load_student, saved_classes
         from pipeline.models.teacher import Teacher
 
-        student = load_student(self.folder, trusted_factories=None)
+        folder = here(self.folder)
+        student = load_student(folder, trusted_factories=None)
         teacher = Teacher(
             student.net,
             name=self.name,
-            classes=saved_classes(self.folder),
+            classes=saved_classes(folder),
             preprocessing=student.preprocessing.spec,
         )
         return teacher.to("cuda" if self.gpu and torch.cuda.is_available() else "cpu")
@@ -142,7 +145,7 @@ def _assign_by_names(run: Run, subtask: SubTask, sources: Sequence[Source], shar
 
     logits, images = [], len(table_of(run).split(*TAUGHT))
     for name in sharing:
-        with safe_open(spoken(run, name) / RAW, "pt") as handle:
+        with safe_open(here(spoken(run, name) / RAW), "pt") as handle:
             logits.append(handle.get_slice("logits")[:images].float())  # the first view is the image as it is
     return assign_subtask(logits, sources, len(subtask.classes))
 
@@ -162,8 +165,8 @@ def _speakers_by_names(
     for name, source in zip(sharing, sources, strict=True):
         keyed = {"classes": subtask.classes, "spoken": spoken(run, name).name}
         home = run.part("subtasks", f"{subtask.name or _WHOLE}-{name}", keyed)
-        if not (home / SPOKEN).exists():
-            with safe_open(spoken(run, name) / RAW, "pt") as handle:
+        if not here(home / SPOKEN).exists():
+            with safe_open(here(spoken(run, name) / RAW), "pt") as handle:
                 p = subtask_distribution(handle.get_tensor("logits").float(), source, size).half()
             save_tensors(home, SPOKEN, {"p": p, "carried": p.clone()})
         speakers.append(Speaker(name, classes_of(run, name), 1.0, str(home)))
@@ -207,7 +210,7 @@ def _train(run: Run, subtasks: Sequence[SubTask], arms: dict[str, Arm]) -> None:
     """Train the component nets that are missing: one data-parallel run each, side by side as the cluster allows."""
     missing = {name: arm for name, arm in arms.items() if not arm.done}
     loop = run.settings.amalgamate.components.loop or run.settings.distill.loop
-    storage = {str(run.files.root / "ray" / _job_name(name, arm)): [arm] for name, arm in missing.items()}
+    storage = {join(run.files.storage, _job_name(name, arm)): [arm] for name, arm in missing.items()}
     with TrainingRuns(run, list(arms.values()), loop=loop.model_dump(mode="json"), storage=storage) as runs:
         if missing:
             _fit(run, subtasks, missing, loop, runs)
@@ -231,6 +234,7 @@ def _fit(run: Run, subtasks: Sequence[SubTask], missing: dict[str, Arm], loop: L
     ]
     if workers.num_workers:
         run.open_cluster()
+    run.files.push()
     done = dict.fromkeys((job.name for job in jobs), 0)
     trained = dict(zip(done, missing.values(), strict=True))
     with run.display.bar("components", len(jobs) * loop.epochs) as advance:
@@ -247,7 +251,7 @@ def _fit(run: Run, subtasks: Sequence[SubTask], missing: dict[str, Arm], loop: L
             train_arms,
             jobs,
             num_workers=workers.num_workers,
-            storage=str(run.files.root / "ray"),
+            storage=run.files.storage,
             resources_per_worker=training.resources_per_worker(run),
             use_gpu=workers.gpus_per_worker > 0,
             max_failures=workers.max_failures,
@@ -292,10 +296,10 @@ def _teaching_of_components(
         name = component_name(subtask)
         places = torch.tensor([classes.index(one) for one in subtask.qualified])
         home = folder / f"{name}-{Path(payloads[name].folder).name}"
-        p = load_file(Path(payloads[name].folder) / SPOKEN)["p"]
+        p = load_file(here(Path(payloads[name].folder) / SPOKEN))["p"]
         save_tensors(home, SPOKEN, {"p": p, "carried": p.new_zeros(len(p), len(classes)).index_copy(1, places, p)})
         if not (home / RAW).exists():
-            (home / RAW).hardlink_to(Path(payloads[name].folder) / RAW)
+            (home / RAW).hardlink_to(here(Path(payloads[name].folder) / RAW))
         speakers.append(Speaker(name, subtask.qualified, 1.0, str(home)))
         costs.append(1 - torch.nn.functional.one_hot(places, len(classes)).float())
     shares = torch.full((len(speakers), len(ids)), 1 / len(speakers))

@@ -113,7 +113,7 @@ def _ensemble(run: Run) -> Control:
         for name in names:
             folder = run.part("controls", f"ensemble-{name}", {"assessed": teacher_folder(run, name).name})
             job, bridge = TeacherJob.of(run, name, folder, settings.resources), load_bridge(teacher_folder(run, name))
-            output = predict(job.load(), split.batches(settings.batch_size))
+            output = predict(job.load().fold(), split.batches(settings.batch_size))
             total += bridge.carry(bridge.distribution(output.logits, output.features))
             advance(1, name)
     return Control("the faculty itself, averaged (no student)", logits=(total / len(names)).log())

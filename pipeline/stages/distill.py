@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.mirror import here
 from pipeline.errors import ConfigError
 from pipeline.stages import training
 from pipeline.stages.amalgamate import chosen, teaching_of
@@ -47,7 +48,7 @@ class Distill:
         record_datasets(run, table_of(run), "training", "validation")
         training.train(run, [arm, *guards], "epochs", component_references(run), own=arm)
         kept, guard = (arm, None) if not guards else choose(run, arm, guards[0])
-        for path in Path(kept.folder).iterdir():
+        for path in here(kept.folder).iterdir():
             if path.name != "done.json":
                 shutil.copy2(path, folder / path.name)
         history = training.history(kept)

@@ -17,8 +17,10 @@ from pipeline.stages.base import Outcome, Run
 from pipeline.stages.components import component_references
 from pipeline.stages.distill import control_arm, student_arm
 from pipeline.stages.heads import student_classes
+from pipeline.stages.recording import optional
 from pipeline.stages.recording_data import record_datasets
 from pipeline.stages.recording_trainings import numbers_of, record_evaluation, record_test
+from pipeline.stages.report_kept import keep_trainings
 from pipeline.stages.teachers import has_labels, table_of
 
 
@@ -88,6 +90,8 @@ class Evaluate:
         verdict = _verdict(run, rows)
         evaluation = {"arms": rows, "verdict": verdict, "classes": list(classes)}
         write_json(folder / "evaluation.json", evaluation)
+        with optional("what the report compares"):
+            keep_trainings(run, folder, contenders)
         record_evaluation(run, folder, evaluation)
         summary: dict[str, Any] = {"verdict": verdict}
         for row in rows:

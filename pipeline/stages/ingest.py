@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.spec import SourceSpec
 from pipeline.errors import DataError
-from pipeline.stages.artefacts import write_json
+from pipeline.stages.artefacts import digest_of, write_json
 from pipeline.stages.base import Outcome, Run
+from pipeline.stages.own import code_of
 from pipeline.stages.recording import optional, recorded
 from pipeline.stages.recording_data import record_datasets
 
@@ -85,7 +86,8 @@ def table_path(run: Run) -> Path:
 def source_identity(source: SourceSpec) -> str:
     """Hash what a source holds: names and content of its files, or their sizes and times where they are large.
 
-    A URI, and a published data set, count by their names.
+    A URI, and a published data set, count by their names; code of one's own by its source, its arguments and what lies
+    at a `path` or `root` among them.
 
     Raises
     ------
@@ -94,7 +96,16 @@ def source_identity(source: SourceSpec) -> str:
     """
     if source.type == "torchvision":  # published: it does not change under its name
         return hashlib.sha256(repr((source.name, source.train, source.split)).encode()).hexdigest()
-    location = source.path if "://" in source.path else os.path.expanduser(source.path)
+    if source.type == "own":
+        places = {key: source.kwargs[key] for key in ("path", "root") if isinstance(source.kwargs.get(key), str)}
+        rest = {key: value for key, value in source.kwargs.items() if key not in places}
+        found = {key: _content_of(place) for key, place in places.items()}
+        return digest_of([code_of([source.factory]), rest, source.version, found])
+    return _content_of(source.path)
+
+
+def _content_of(place: str) -> str:
+    location = place if "://" in place else os.path.expanduser(place)
     if "://" in location:
         return hashlib.sha256(location.encode()).hexdigest()
     files = sorted(_files(location))

@@ -87,7 +87,7 @@ def _data(run: Run) -> dict[str, Any]:
 def _place(source: SourceSpec) -> dict[str, str]:
     if source.type == "torchvision":
         return {"type": source.type, "location": f"{source.name} in {source.root}"}
-    return {"type": source.type, "location": source.path}
+    return {"type": source.type, "location": source.factory if source.type == "own" else source.path}
 
 
 def _teaching(run: Run) -> str:

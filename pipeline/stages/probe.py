@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import AssessSettings
+from pipeline.data.mirror import here
 from pipeline.errors import ConfigError, StageError, TeacherError
 from pipeline.stages.base import Run
 from pipeline.stages.outputs import CachedTeacher, outputs_of
+from pipeline.stages.own_scores import GIVEN, score_own
 from pipeline.stages.teachers import (
     TeacherJob,
     has_labels,
@@ -127,6 +129,8 @@ def assess_teacher(payload: ProbePayload, *, rung: int, shared: dict[str, Any]) 
         "precision": said["about"]["precision"],
         "images": len(rows),
         "forward_seconds": float(said["about"]["seconds"]),
+        "top_k_loss": float(said["about"].get("lost", 0.0)),
+        "note": said["about"].get("note", ""),
     }
     labelled = bool((shared["part"] != _UNLABELLED).any())
     estimate, scores = (_score_labelled if labelled else _score_unlabelled)(payload, shared, rows, said, rung)
@@ -154,6 +158,8 @@ def _score_labelled(
         parameters=int(outputs["about"]["parameters"]),
     )
     estimate, scores = score_labelled(said, num_classes, scores=settings.scores, neighbours=settings.neighbours)
+    about = {name: getattr(said, name) for name in GIVEN if name != "num_classes"}
+    scores |= score_own(settings, about | {"num_classes": num_classes})
     if rung < payload.last_rung:
         return estimate, scores
     fitted = part == _FITTED
@@ -190,9 +196,12 @@ def _score_unlabelled(
     bridge = given_bridge(M, temperature=payload.settings.bridge.temperature)
     carried = bridge.carry(bridge.distribution(outputs["logits"], outputs["features"]))
     told = information(carried)
+    about = {name: outputs.get(name) for name in ("logits", "features", "classifier_weight")}
+    about |= {"num_classes": len(shared["classes"]), "parameters": int(outputs["about"]["parameters"])}
     if rung == payload.last_rung:
         save_bridge(payload.job, bridge, {"unlabelled": carried})
-    return Estimate(told, told, told), {"information": told, "certainty": certainty(carried)}
+    scores = {"information": told, "certainty": certainty(carried)}
+    return Estimate(told, told, told), scores | score_own(payload.settings, about)
 
 
 def _outputs(payload: ProbePayload, shared: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
@@ -206,7 +215,10 @@ def _outputs(payload: ProbePayload, shared: dict[str, Any], rows: torch.Tensor) 
         fresh = _run_teacher(payload, shared, missing, None if known is None else known["about"]["precision"])
         if known is not None:
             fresh |= {key: torch.cat([known[key], fresh[key]]) for key in ("rows", "logits", "features")}
-            fresh["about"]["seconds"] = str(float(known["about"]["seconds"]) + float(fresh["about"]["seconds"]))
+            before, now = known["about"], fresh["about"]
+            now["seconds"] = str(float(before["seconds"]) + float(now["seconds"]))
+            parts = (float(before.get("lost", 0)) * len(known["rows"]), float(now["lost"]) * len(missing))
+            now["lost"] = str(sum(parts) / len(fresh["rows"]))
         known = fresh
         save_tensors(folder, _OUTPUTS, {k: v for k, v in known.items() if k != "about"}, known["about"])
     assert known is not None
@@ -219,7 +231,7 @@ def _read_outputs(folder: Path) -> dict[str, Any] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / _OUTPUTS, "pt") as handle:
+        with safe_open(here(folder / _OUTPUTS, newest=True), "pt") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys()} | {"about": handle.metadata()}
     except (OSError, SafetensorError):  # not there, or cut off: the teacher says it again
         return None
@@ -282,7 +294,7 @@ def probe_logits(run: Run, name: str) -> ProbeLogits:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = outputs_folder(run, name) / _OUTPUTS
+    path = here(outputs_folder(run, name) / _OUTPUTS, newest=True)
     try:
         with safe_open(path, "pt") as handle:
             return ProbeLogits(path, tuple(handle.metadata()["classes"].split("\n")))
@@ -303,7 +315,7 @@ def _run_teacher(
 
     from pipeline.models.precision import choose_autocast
 
-    teacher, settings = payload.job.load(), payload.settings
+    teacher, settings = payload.job.load().fold(), payload.settings
     where, images = rows.numpy(), shared["images"]
     if precision is None:
         autocast = choose_autocast(teacher, torch.from_numpy(images[where[: settings.batch_size]]), settings.precision)
@@ -324,6 +336,8 @@ def _run_teacher(
         "parameters": str(teacher.num_parameters),
         "precision": "fp32" if autocast is None else str(autocast).removeprefix("torch."),
         "seconds": f"{said.seconds:.6f}",
+        "lost": str(said.lost),
+        "note": said.note,
         "classes": "\n".join(_checked(teacher)),
     }
     return tensors | {"about": about}

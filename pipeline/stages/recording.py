@@ -56,7 +56,7 @@ def opening_tags(run: Run) -> dict[str, str]:
     return {
         "faculty.version": version(),
         "settings.hash": digest_of(run.settings.dump())[:16],
-        "run_dir": str(run.files.root),
+        "run_dir": redact(run.files.place),
         **git_tags(_CODE),
     }
 

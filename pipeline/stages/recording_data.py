@@ -110,7 +110,8 @@ def record_datasets(run: Run, table: ImageTable, *contexts: str, root: bool = Fa
 def source_name(source: Any) -> str:
     """Return where images come from, as a path or URI: ``torchvision://NAME`` for a published set."""
     place = getattr(source, "path", None)
-    return str(place) if place is not None else f"{source.type}://{getattr(source, 'name', '')}"
+    named = getattr(source, "name", None) or getattr(source, "factory", "")
+    return str(place) if place is not None else f"{source.type}://{named}"
 
 
 def record_choices(run: Run, folder: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.checkpoint import MANIFEST
+from pipeline.data.mirror import here
+from pipeline.engine.checkpoint import CheckpointStore
 from pipeline.stages.artefacts import digest_of_file, write_json
 from pipeline.stages.recording import optional, recorded
 from pipeline.tracking.tracker import Tracker
@@ -59,7 +60,7 @@ class TrainingRuns:
     own : Arm, optional
         The one whose epochs are the stage's own: they go to the stage's run.
     storage : mapping of str to sequence of Arm
-        Folder of checkpoints to the trainings that leave theirs there, by their number.
+        Folder (path or URI) of checkpoints to the trainings that leave theirs there, by their number.
     """
 
     def __init__(
@@ -73,12 +74,17 @@ class TrainingRuns:
     ) -> None:
         self._run, self._own, self._loop = run, own, loop
         self._arms = {arm.name: arm for arm in arms}
-        self._storage = {Path(folder): list(inside) for folder, inside in (storage or {}).items()}
+        self._storage = [(folder, list(inside)) for folder, inside in (storage or {}).items()]
         self._open: dict[str, _Open] = {}
         self._ended: set[str] = set()
         self._refused: set[str] = set()
-        self._seen = {path for folder in self._storage for path in folder.glob(f"*/{MANIFEST}")}
         self._on = recorded(run)
+        self._stores: list[tuple[CheckpointStore, list[Arm]]] = []
+        self._seen: set[str] = set()  # names of checkpoints, which are like no other's
+        if self._on and self._storage:
+            with optional("the checkpoints"):
+                self._stores = [(CheckpointStore.at(folder), inside) for folder, inside in self._storage]
+                self._seen = {name for store, _ in self._stores for name in store.manifests()}
 
     def __enter__(self) -> TrainingRuns:
         return self
@@ -144,23 +150,22 @@ class TrainingRuns:
         return found
 
     def _complete(self, one: _Open) -> None:
-        history = json.loads((Path(one.arm.folder) / "history.json").read_text(encoding="utf-8"))
+        history = _history(one.arm)
         for row in history:
             if int(row["epoch"]) not in one.epochs:
                 one.tracker.metrics(epoch_metrics(row, one.teachers), step=int(row["epoch"]))
         self._look_at_checkpoints()
         if one.context is not None:
-            one.tracker.document(CHECKPOINTS.removesuffix(".json"), checkpoints(Path(one.arm.folder), len(history)))
+            one.tracker.document(CHECKPOINTS.removesuffix(".json"), checkpoints(here(one.arm.folder), len(history)))
 
     def _look_at_checkpoints(self) -> None:
         """Write down checkpoints that have come: only the newest few are kept."""
-        for folder, arms in self._storage.items():
-            for path in sorted(set(folder.glob(f"*/{MANIFEST}")) - self._seen):
-                self._seen.add(path)
-                with contextlib.suppress(OSError, ValueError, KeyError, IndexError):  # it is being deleted
-                    manifest = json.loads(path.read_text(encoding="utf-8"))
+        for store, arms in self._stores:
+            for name, manifest in sorted(store.manifests(self._seen).items()):
+                self._seen.add(name)
+                with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
                     arm = arms[int(manifest["metrics"].get("arm", 0))]
-                    _note_checkpoint(Path(arm.folder), path.parent.name, manifest)
+                    _note_checkpoint(Path(arm.folder), name, manifest)
 
 
 def training_key(arm: Arm) -> str:
@@ -273,7 +278,7 @@ def record_student(run: Run, kept: Arm, arms: Sequence[Arm], folder: Path) -> No
 
 
 def _history(arm: Arm) -> list[dict[str, float]]:
-    return json.loads((Path(arm.folder) / "history.json").read_text(encoding="utf-8"))
+    return json.loads(here(Path(arm.folder) / "history.json").read_text(encoding="utf-8"))
 
 
 def record_test(run: Run, contender: str, title: str, arm: Arm | None, numbers: Mapping[str, float]) -> None:

@@ -25,6 +25,7 @@ from rich.markup import escape
 from pipeline.config import Settings
 from pipeline.errors import ConfigError, TeacherError, UserError
 from pipeline.models.files import replacing
+from pipeline.places import local_place
 from pipeline.report.console import Display
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _asked(settings: Settings, display: Display) -> Zoo:
     from pipeline.tracking.connect import find_store
     from pipeline.tracking.versions import open_registry
 
-    run_dir, query = Path(settings.run_dir), settings.zoo.query
+    run_dir, query = local_place(settings.run_dir), settings.zoo.query
     store, place = find_store(settings.tracking, settings.run_dir), run_dir / "registered.json"
     if store.kind in ("none", "jsonl"):
         raise ConfigError(
@@ -195,7 +196,7 @@ def _fixed(registered: Mapping[str, TeacherSpec], settings: Settings, display: D
     if store.kind == "server":
         check_server(store.uri, settings.tracking.timeout)
     uri = store.uri if store.kind in ("database", "server", "other") else None
-    place = Path(settings.run_dir) / "registered.json"
+    place = local_place(settings.run_dir) / "registered.json"
     notes = _read(place)
     known = notes.aliases if notes.registry == store.shown else {}
     aliases, result = dict(known), {}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config import Settings
+from pipeline.data.mirror import here
 from pipeline.engine.objective_spec import objective_of
 from pipeline.errors import ConfigError
 from pipeline.report.console import Display
@@ -19,9 +20,11 @@ from pipeline.stages.base import Run, Stage
 from pipeline.stages.distill import Distill
 from pipeline.stages.evaluate import Evaluate
 from pipeline.stages.ingest import Ingest
+from pipeline.stages.own_scores import own_scores
 from pipeline.stages.recording import BY_EPOCH, close, described, optional, record_stage
 from pipeline.stages.register import Register
 from pipeline.stages.registered import zoo_of
+from pipeline.stages.report import add_report
 from pipeline.stages.select import Select
 from pipeline.stages.together import choice_of
 
@@ -47,16 +50,20 @@ def run_pipeline(
         If a stage fails; the results of the former stages stay, and the same call continues.
     """
     display = display or Display()
-    zoo, files = zoo_of(settings, display), RunFolder(settings.run_dir)
+    files = RunFolder(settings.run_dir)
+    files.pull("registered.json", "registered.parquet", "registered.cards.arrow")
+    zoo = zoo_of(settings, display)
     wanted = [stage for stage in STAGES[: 1 + _position(until)] if _enabled(stage, settings)]
+    own_scores(settings.assess)
     _check_objective(settings, wanted)
     _check_registry(settings, wanted, files)
     files.prepare()
-    with files.lock():
+    with files.lock(display):
         write_settings(files.root / "settings.yaml", settings.dump())
         run = Run(settings=settings, files=files, display=display, zoo=zoo, until=until, verbose=verbose)
         with run, described(run):
             _run_stages(run, wanted)
+            add_report(run)
         close(run)
         tables.closing(run)
         return run.records
@@ -65,8 +72,9 @@ def run_pipeline(
 def show_status(settings: Settings, *, until: str = "register", display: Display | None = None) -> list[Status]:
     """Print where each stage stands: fresh, partial, stale (and what changed), missing, or waiting."""
     display = display or Display()
-    zoo, files = zoo_of(settings, display), RunFolder(settings.run_dir)
+    files = RunFolder(settings.run_dir)
     files.check()
+    zoo = zoo_of(settings, display)
     run = Run(settings=settings, files=files, display=display, zoo=zoo)
     found: list[Status] = []
     for stage in STAGES[: 1 + _position(until)]:
@@ -161,6 +169,7 @@ def _run_stage(run: Run, stage: Stage, key: str, inputs: Mapping[str, Any]) -> R
     run.open_tracker()
     folder = run.files.folder(stage.name, key)
     folder.mkdir(parents=True, exist_ok=True)
+    here(folder)
     write_settings(folder / "settings.yaml", run.settings.dump())
     started = time.perf_counter()
     with run.tracker.run(stage.name, key=f"{stage.name}-{key}", tags={"stage": stage.name, "key": key}) as tracker:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.mirror import here, share
+from pipeline.errors import StageError
 from pipeline.stages.artefacts import write_json
 from pipeline.stages.probe import ProbePayload, assess_teacher
 
@@ -22,14 +24,15 @@ def assess_rung(payload: ProbePayload, *, rung: int, shared: dict[str, Any]) -> 
     """
     began = time.perf_counter()
     row = assess_teacher(payload, rung=rung, shared=shared)
-    path = Path(payload.job.folder) / _HISTORY
+    path = here(Path(payload.job.folder) / _HISTORY, newest=True)
     # Those of a former search, among other teachers, end where this one begins.
     below = [one for one in _read(path) if one["rung"] < rung] if rung else []
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
     history = [*below, numbers | {"rung": rung, "seconds": time.perf_counter() - began}]
     if rung < payload.last_rung:
-        with contextlib.suppress(OSError):  # a record that can't be kept is no fault of the teacher's
+        with contextlib.suppress(OSError, StageError):  # a record that can't be kept is no fault of the teacher's
             write_json(path, history)
+            share(path)
     return row | {"rungs": json.dumps(history)}
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.mirror import forget, here, here_all, names_in
 from pipeline.engine.spec import RAW, SPOKEN
 from pipeline.errors import StageError
 from pipeline.stages.base import Run
-from pipeline.stages.outputs import CachedTeacher, outputs_of, tidy_cache, view_name
+from pipeline.stages.outputs import CachedTeacher, Output, outputs_of, tell_kept, tidy_cache, view_name
 from pipeline.stages.teachers import (
     TeacherJob,
     load_bridge,
@@ -69,7 +70,7 @@ class SpeakPayload:
     @property
     def finished(self) -> bool:
         """Whether all that is wanted of the teacher is there."""
-        return all((Path(self.folder) / name).exists() for name in ([SPOKEN, RAW] if self.raw else [SPOKEN]))
+        return all(here(Path(self.folder) / name).exists() for name in ([SPOKEN, RAW] if self.raw else [SPOKEN]))
 
     def shard(self, start: int, stop: int) -> str:
         """Return the name of the file of some rows."""
@@ -136,11 +137,12 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
 
     settings, rows = run.settings.amalgamate, len(table_of(run).split(*TAUGHT))
     groups = [Group(name, payload, rows, _BLOCK) for name, payload in missing.items()]
+    there = {group.name: names_in(Path(group.payload.folder)) for group in groups}
     done = [
         (group.name, start, stop)
         for group in groups
         for start, stop in group.ranges()
-        if (Path(group.payload.folder) / group.payload.shard(start, stop)).exists()
+        if group.payload.shard(start, stop) in there[group.name]
     ]
     todo = sum(len(group.ranges()) for group in groups) - len(done)
     limits: dict[str, Any] = {
@@ -149,6 +151,7 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
         "max_failures": settings.resources.max_failures,
     }
     run.open_cluster()
+    run.files.push()
     with run.display.bar("faculty", todo) as advance:
         if todo > _FEW:
 
@@ -156,8 +159,7 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
                 advance(1, block.name)
 
             blocks = map_blocks(make_speaker, groups, done=done, on_result=on_result, verbose=run.verbose, **limits)
-            problems = [(block.name, block.error) for block in blocks]
-            notes = {str(block.row["note"]) for block in blocks if block.row is not None}
+            results = [(block.name, block.row, block.error) for block in blocks]
         else:
             items = [
                 (group.name, group.payload, start, stop)
@@ -165,34 +167,33 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
                 for start, stop in group.ranges()
                 if (group.name, start, stop) not in done
             ]
-            results = map_tasks(
+            answers = map_tasks(
                 speak_block,
                 items,
                 on_result=lambda index, value, error: advance(1, items[index][0]),
                 **limits,
             )
-            problems = [(item[0], error) for item, (_, error) in zip(items, results, strict=True)]
-            notes = {str(note) for note, error in results if error is None}
-    for name, error in problems:
+            results = [(item[0], row, error) for item, (row, error) in zip(items, answers, strict=True)]
+    for name, _, error in results:
         if error is not None:
             raise StageError(f"amalgamate: teacher {name!r} failed over the training images: {error}")
-    for note in sorted(notes - {""}):
-        run.display.warn(f"what teachers say is not kept for other runs: {note}")
+    tell_kept(run, [(name, row) for name, row, _ in results if row is not None])
     for group in groups:
         _join(group.payload, group.ranges())
 
 
-def speak_block(item: tuple[str, SpeakPayload, int, int]) -> str:
-    """Run one teacher over some rows, as a task of its own; return what there is to note, see `Output`."""
+def speak_block(item: tuple[str, SpeakPayload, int, int]) -> dict[str, Any]:
+    """Run one teacher over some rows, as a task of its own, see `make_speaker`."""
     _, payload, start, stop = item
-    return str(make_speaker(payload)(start, stop)["note"])
+    return make_speaker(payload)(start, stop)
 
 
 def make_speaker(payload: SpeakPayload) -> Callable[[int, int], dict[str, Any]]:
     """Return the function that runs a teacher over some rows. On a worker.
 
     It stores p over the teacher's label space (V, n, L) and what that stands for among the task's classes (V, n, C_s),
-    in half precision; and logits and features where they are wanted; V views of each image.
+    in half precision; and logits and features where they are wanted; V views of each image. It returns what there is
+    to tell, see `tell_kept`.
     """
     import torch
 
@@ -205,31 +206,31 @@ def make_speaker(payload: SpeakPayload) -> Callable[[int, int], dict[str, Any]]:
     bridge = load_bridge(Path(payload.bridge)) if payload.bridge is not None else None
     autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(payload.precision)
     loaded: list[Teacher] = []
-    notes: set[str] = set()
 
     def teacher() -> Teacher:
         if not loaded:
-            loaded.append(payload.teacher.load())
+            loaded.append(payload.teacher.load().fold())
         return loaded[0]
 
-    def said(start: int, stop: int, view: int) -> dict[str, torch.Tensor]:
+    def said(start: int, stop: int, view: int) -> tuple[dict[str, torch.Tensor], Output]:
         def read(rows: torch.Tensor) -> torch.Tensor:
             keys = view_keys(split.numbers[start + rows], view, 0)
             return augment(split.images(start + rows), payload.augment, keys)
 
-        logits, features, note = _asked(payload, teacher, split.raw_ids[start:stop], read, view, autocast)
-        notes.add(note)
+        output = _asked(payload, teacher, split.raw_ids[start:stop], read, view, autocast)
+        logits, features = output.logits, output.features
         p = logits.softmax(1) if bridge is None else bridge.distribution(logits, features)
         tensors = {"p": p.half(), "carried": (p if bridge is None else bridge.carry(p)).half()}
         if payload.raw:
             tensors |= {"logits": compact(logits, "fp16"), "features": compact(features, "fp16")}
-        return tensors
+        return tensors, replace(output, logits=logits[:0], features=features[:0])
 
     def speak_rows(start: int, stop: int) -> dict[str, Any]:
-        views = [said(start, stop, view) for view in range(payload.augment.views or 1)]
+        views, told = zip(*(said(start, stop, view) for view in range(payload.augment.views or 1)), strict=True)
         tensors = {name: torch.stack([one[name] for one in views]) for name in views[0]}
         save_tensors(Path(payload.folder), payload.shard(start, stop), tensors)
-        return {"rows": stop - start, "note": max(notes)}
+        lost = sum(output.lost for output in told) / len(told)
+        return {"rows": stop - start, "note": max(output.note for output in told), "lost": lost}
 
     return speak_rows
 
@@ -241,19 +242,18 @@ def _asked(
     read: Callable[[torch.Tensor], torch.Tensor],
     view: int,
     autocast: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Return logits and features of one view of some images, and why they were not kept; "" where they were."""
+) -> Output:
+    """Return what a teacher says of one view of some images."""
     import torch
 
     from pipeline.models.teacher import predict
 
     if payload.cached is None:
         batches = (read(rows) for rows in torch.arange(len(ids)).split(payload.batch_size))
-        output = predict(teacher(), batches, autocast=autocast)
-        return output.logits, output.features, ""
+        said = predict(teacher(), batches, autocast=autocast)
+        return Output(said.logits, said.features, len(ids), 0.0)
     name = view_name(payload.augment, view)
-    kept = outputs_of(payload.cached, teacher, ids, read, view=name, batch_size=payload.batch_size, autocast=autocast)
-    return kept.logits, kept.features, kept.note
+    return outputs_of(payload.cached, teacher, ids, read, view=name, batch_size=payload.batch_size, autocast=autocast)
 
 
 def _join(payload: SpeakPayload, ranges: Sequence[tuple[int, int]]) -> None:
@@ -261,11 +261,10 @@ def _join(payload: SpeakPayload, ranges: Sequence[tuple[int, int]]) -> None:
     from safetensors import safe_open
 
     folder = Path(payload.folder)
-    shards = [folder / payload.shard(start, stop) for start, stop in ranges]
+    shards = here_all(folder / payload.shard(start, stop) for start, stop in ranges)
     with contextlib.ExitStack() as stack:
         handles = [stack.enter_context(safe_open(path, "pt")) for path in shards]
         names = [("p", "carried"), ("logits", "features")]
         for file, wanted in zip((SPOKEN, RAW)[: 2 if payload.raw else 1], names, strict=False):
             stream_tensors(folder, file, {name: [handle.get_slice(name) for handle in handles] for name in wanted})
-    for path in shards:
-        path.unlink()
+    forget(*shards)

@@ -14,6 +14,7 @@ from pipeline.config import Settings
 from pipeline.report.console import Display
 from pipeline.stages.artefacts import Status
 from pipeline.stages.base import Run
+from pipeline.stages.own_scores import own_columns
 from pipeline.stages.together import TOGETHER
 
 # Scores that the table shows, where there are any, and what it calls them.
@@ -49,13 +50,18 @@ def status(display: Display, settings: Settings, found: Iterable[Status]) -> Non
 def closing(run: Run) -> None:
     """Say where to look, after a whole run."""
     display, record = run.display, run.records.get("register")
+    report = run.files.root / "report.html"  # of a folder in a store it lies there, too
     if run.until != "register":
+        if report.is_file():
+            display.note(f"report      {report}")
         return
     from pipeline.planning.against import against
     from pipeline.planning.show import show_against
 
     show_against(against(run.files.root), display)
-    display.note(f"artefacts   {run.files.root}")
+    display.note(f"artefacts   {run.files.place}")
+    if report.is_file():
+        display.note(f"report      {report}")
     from pipeline.tracking.connect import find_store
 
     store = find_store(run.settings.tracking, run.files.root)
@@ -105,7 +111,9 @@ def _teachers(run: Run, choice: dict[str, Any] | None) -> None:
     rows = rows_of(run)
     thinned = any(row["dropped"] for row in rows)
     scores = [name for name in _COLUMNS if any(row[name] is not None for row in rows)]
-    numbers = ("classes", "params", *(["images"] if thinned else []), "score", *(_COLUMNS[name] for name in scores))
+    scores += own_columns(run.settings.assess)
+    heads = (_COLUMNS.get(name, name.removeprefix("own.")) for name in scores)
+    numbers = ("classes", "params", *(["images"] if thinned else []), "score", *heads)
     shown = table("teacher", *numbers, *(("chosen", "why") if choice else ("s", "MB", "problem")))
     for column in shown.columns[1 : len(numbers) + (1 if choice else 3)]:
         column.justify = "right"

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrialResources
+from pipeline.data.mirror import here, share
 from pipeline.errors import ConfigError, StageError
 from pipeline.models.spec import TeacherSpec
+from pipeline.places import own
 from pipeline.stages.base import Run
 from pipeline.stages.ingest import table_path
+from pipeline.stages.own import code_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,7 +173,7 @@ def stream_tensors(folder: Path, name: str, parts: Mapping[str, Sequence[Any]]) 
 
 @contextlib.contextmanager
 def whole_file(folder: Path, name: str) -> Iterator[Path]:
-    """Give a path to write to, which takes its name when the block ends well.
+    """Give a path to write to, which takes its name when the block ends well, and is sent where others see it.
 
     Raises
     ------
@@ -179,6 +182,7 @@ def whole_file(folder: Path, name: str) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
+    folder = own(folder)
     path = folder / f".{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,6 +192,7 @@ def whole_file(folder: Path, name: str) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         raise StageError(f"{folder / name}: can't be written ({error}); free room or mend its permissions") from error
+    share(folder / name)
 
 
 def teacher_folder(run: Run, name: str) -> Path:
@@ -223,7 +228,14 @@ def vectors_identity(run: Run) -> dict[str, str]:
 def decisive(run: Run) -> dict[str, Any]:
     """Return the settings that a teacher's scores depend on: not how the search thins the zoo, nor the resources."""
     excluded = {"resources": True, "search": True, "reference": True, "names": True}
-    return run.settings.assess.model_dump(mode="json", exclude=excluded) | vectors_identity(run)
+    return scoring(run, excluded) | vectors_identity(run)
+
+
+def scoring(run: Run, excluded: Any) -> dict[str, Any]:
+    """Return the settings of the assessment, and the code of the scores that are one's own."""
+    found = run.settings.assess.model_dump(mode="json", exclude=excluded)
+    named = found.pop("own")
+    return found | {"own": named, "code": code_of(named)} if named else found
 
 
 def kept(run: Run) -> dict[str, Any]:
@@ -247,7 +259,7 @@ def load_bridge(folder: Path) -> Bridge:
 
     from pipeline.transport.bridge import Bridge
 
-    tensors = load_file(folder / _BRIDGE)
+    tensors = load_file(here(folder / _BRIDGE))
     return Bridge.from_state({name[7:]: value for name, value in tensors.items() if name.startswith("bridge.")})
 
 
@@ -255,5 +267,5 @@ def carried(run: Run, name: str, split: str) -> Tensor:
     """Return what an assessed teacher says of a split, carried to the task's classes: (N, C_s) tensor."""
     from safetensors import safe_open
 
-    with safe_open(teacher_folder(run, name) / _BRIDGE, "pt") as handle:
+    with safe_open(here(teacher_folder(run, name) / _BRIDGE), "pt") as handle:
         return handle.get_tensor(split)

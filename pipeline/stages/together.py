@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import Settings
+from pipeline.data.mirror import here
 from pipeline.engine.spec import RAW, SPOKEN
 from pipeline.errors import ConfigError, StageError
 from pipeline.stages.base import Run
@@ -66,8 +67,8 @@ def speak_together(run: Run, names: Sequence[str]) -> tuple[Speaker, torch.Tenso
     view, classes = _view(run, names), table_of(run).classes
     keyed = {"spoken": [spoken(run, name).name for name in names], "version": 2}
     folder = run.part("spoken", "together", keyed)
-    if not (folder / SPOKEN).exists():
-        handles = [safe_open(spoken(run, name) / RAW, "pt") for name in names]
+    if not here(folder / SPOKEN).exists():
+        handles = [safe_open(here(spoken(run, name) / RAW), "pt") for name in names]
         stored = [handle.get_slice("features") for handle in handles]
         rows = stored[0].get_shape()[0]
         parts = [
@@ -83,7 +84,7 @@ def said_together(folder: Path, images: int) -> torch.Tensor:
     """Return what they say of the images as they are, (N, C_s)."""
     from safetensors import safe_open
 
-    with safe_open(folder / SPOKEN, "pt") as handle:
+    with safe_open(here(folder / SPOKEN), "pt") as handle:
         p: torch.Tensor = handle.get_slice("carried")[:images].float()
     return p / p.sum(-1, keepdim=True)  # half precision rounds the sums away from 1
 
@@ -104,9 +105,9 @@ def _view(run: Run, names: Sequence[str]) -> Together:
         wanted = max(_FITTED, 5 * len(table.classes))
         rows, carried, features = min(wanted, len(table.split(*TAUGHT))), [], []
         for name in names:
-            with safe_open(spoken(run, name) / SPOKEN, "pt") as handle:
+            with safe_open(here(spoken(run, name) / SPOKEN), "pt") as handle:
                 carried.append(handle.get_slice("carried")[:rows].float())
-            with safe_open(spoken(run, name) / RAW, "pt") as handle:
+            with safe_open(here(spoken(run, name) / RAW), "pt") as handle:
                 features.append(handle.get_slice("features")[:rows].float())
         try:
             labels = pseudo_labels(torch.stack(carried))

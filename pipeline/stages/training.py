@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import DistillSettings, LoopSpec, ObjectiveSpec
+from pipeline.data.mirror import here
 from pipeline.engine.objective_spec import labels_alone
 from pipeline.engine.spec import NOT_DECISIVE, Arm
+from pipeline.places import join
 from pipeline.stages.artefacts import digest_of
 from pipeline.stages.base import Run
 from pipeline.stages.heads import heads_of, student_classes
 from pipeline.stages.ingest import table_path
+from pipeline.stages.own import code_of
 from pipeline.stages.recording_trainings import TrainingRuns, title_of
 from pipeline.stages.teachers import TeacherJob
 
@@ -70,7 +73,7 @@ def arm(
             "teaching": digest,
             "student": (student or settings.student).model_dump(mode="json"),
             "loop": (loop or settings.loop).model_dump(mode="json", exclude=set(NOT_DECISIVE)),
-            "objective": loss.model_dump(mode="json"),
+            "objective": _loss(loss),
             "flow": None if flow is None else flow.model_dump(mode="json"),
             "augment": settings.augment.model_dump(mode="json"),
             "start": None if start_from is None else run.fingerprint(start_from),
@@ -95,7 +98,14 @@ def arm(
 
 def decisive(settings: DistillSettings) -> dict[str, Any]:
     """Return the settings that a student depends on."""
-    return settings.model_dump(mode="json", exclude={"resources": True, "loop": set(NOT_DECISIVE)})
+    found = settings.model_dump(mode="json", exclude={"resources": True, "loop": set(NOT_DECISIVE)})
+    return found | {"objective": _loss(settings.objective)}
+
+
+def _loss(objective: ObjectiveSpec) -> dict[str, Any]:
+    """Return the settings of a loss, and the code of what is one's own in it."""
+    code = code_of(objective.own)
+    return objective.model_dump(mode="json") | ({"code": code} if code else {})
 
 
 def payload_of(
@@ -166,7 +176,7 @@ def train(
     missing = [item for item in arms if not item.done]
     name = f"{title}-{digest_of([item.name for item in arms])[:12]}"
     loop = run.settings.distill.loop.model_dump(mode="json")
-    storage = {str(run.files.root / "ray" / name): missing}
+    storage = {join(run.files.storage, name): missing}
     with TrainingRuns(run, arms, loop=loop, own=own, storage=storage) as runs:
         if missing:
             _fit(run, missing, title, name, teachers, runs)
@@ -189,6 +199,7 @@ def _fit(
     seen = {"done": 0}
     if workers.num_workers:
         run.open_cluster()
+    run.files.push()
     with run.display.bar(title, len(missing) * settings.loop.epochs) as advance:
         if run.display.console.is_terminal and workers.num_workers:
             advance(0, f"starting {workers.counts[-1]} workers")
@@ -211,7 +222,7 @@ def _fit(
             on_report=on_report,
             num_workers=workers.num_workers,
             max_failures=workers.max_failures,
-            storage=str(run.files.root / "ray"),
+            storage=run.files.storage,
             verbose=run.verbose,
             use_gpu=workers.gpus_per_worker > 0,
             resources_per_worker=resources_per_worker(run),
@@ -230,12 +241,12 @@ def predictions(item: Arm) -> dict[str, torch.Tensor]:
     """Return the logits of a trained arm by split; `.with_teachers` where features flowed in from teachers."""
     from safetensors.torch import load_file
 
-    return load_file(Path(item.folder) / "predictions.safetensors")
+    return load_file(here(Path(item.folder) / "predictions.safetensors"))
 
 
 def history(item: Arm) -> list[dict[str, float]]:
     """Return the metrics of every epoch of a trained arm."""
-    return json.loads((Path(item.folder) / "history.json").read_text(encoding="utf-8"))
+    return json.loads(here(Path(item.folder) / "history.json").read_text(encoding="utf-8"))
 
 
 def score(run: Run, item: Arm, split: str, *, with_teachers: bool = False) -> Evaluation | HeadsEvaluation:

@@ -47,14 +47,18 @@ class Access:
 _SAVE_SECONDS = 30.0  # between two writes of the cards; more where writing takes longer than a twentieth of it
 
 
-def list_zoo(path: Path, display: Display | None = None, *, everything: bool = False) -> int:
+def list_zoo(path: Path, display: Display | None = None, *, everything: bool = False, as_json: bool = False) -> int:
     """Print the teachers that a zoo names, without loading any; return the exit code: 2 if an entry is not valid.
 
-    The first 50, unless `everything` is asked for.
+    The first 50, unless `everything` is asked for; all of them `as_json`.
     """
     from pipeline.models.zoo import load_zoo
 
     display, zoo = display or Display(), load_zoo(path)
+    if as_json:
+        rows = [_row(zoo, name) for name in zoo.names]
+        print(json.dumps({"zoo": str(path), "teachers": rows}, indent=2))
+        return 2 if any("error" in row for row in rows) else 0
     names = zoo.names if everything else zoo.names[:_SHOWN]
     found = table("teacher", "source", "classes", "licence", "notes", title=f"{len(zoo)} teachers in {path}")
     broken = 0
@@ -71,6 +75,13 @@ def list_zoo(path: Path, display: Display | None = None, *, everything: bool = F
     if len(names) < len(zoo):
         display.note(f"the first {len(names)} of {len(zoo)} teachers; --all lists every one")
     return 2 if broken else 0
+
+
+def _row(zoo: Zoo, name: str) -> dict[str, Any]:
+    try:
+        return zoo[name].model_dump(mode="json")
+    except ConfigError as error:  # an entry of a catalogue is read only now
+        return {"name": name, "error": str(error)}
 
 
 def check_zoo(path: Path, access: Access | None = None, display: Display | None = None) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, UserError
+from pipeline.places import is_remote, local_place, origin_of
 from pipeline.tracking.entries import check_key, clean_text
 from pipeline.tracking.journal import FOLDER, Journal
 from pipeline.tracking.quiet import prepare
@@ -75,7 +76,7 @@ def find_store(spec: TrackingSpec, run_dir: str | Path) -> Store:
         return Store("none")
     uri = spec.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if uri == "jsonl":
-        return Store("jsonl", str(_local(run_dir) / "tracking.jsonl"))
+        return Store("jsonl", str(local_place(run_dir) / "tracking.jsonl"))
     if not uri:
         folder = _local(run_dir)
         return _sqlite(folder / "mlflow.db", "", spec.artifacts)
@@ -311,11 +312,9 @@ def _refusals(store: Store) -> Iterator[None]:
         ) from None
 
 
-def _journals(run_dir: str | Path) -> Path | None:
-    """Return where records wait for their store; None for a remote run folder."""
-    if "://" in str(run_dir) and not str(run_dir).startswith("file://"):
-        return None
-    return _local(run_dir) / FOLDER
+def _journals(run_dir: str | Path) -> Path:
+    """Return where records wait for their store."""
+    return local_place(run_dir) / FOLDER
 
 
 def _sqlite(path: Path, query: str, artifacts: str | None) -> Store:
@@ -335,12 +334,14 @@ def _artifact_uri(place: str | None) -> str | None:
 
 
 def _local(run_dir: str | Path) -> Path:
-    if "://" in str(run_dir) and not str(run_dir).startswith("file://"):
+    origin = origin_of(run_dir)
+    if is_remote(run_dir) or origin is not None:
+        remote = str(run_dir) if origin is None else origin[0]
         raise ConfigError(
-            f"`tracking.uri` is missing: the run folder {redact(str(run_dir))} is remote and can't hold a database; "
+            f"`tracking.uri` is missing: the run folder {redact(remote)} is remote and can't hold a database; "
             "name an MLflow server, or set `tracking.enabled` to false"
         )
-    path = Path(str(run_dir).removeprefix("file://")).expanduser().absolute()
+    path = local_place(run_dir)
     if re.search(r"[?#%]", str(path)):
         raise ConfigError(
             f"the run folder {path} can't hold MLflow's database: its path has one of ? # %; take another"

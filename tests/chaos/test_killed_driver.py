@@ -56,7 +56,9 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     assert not alive, [process.cmdline() for process in alive]
 
 
-def test_killed_at_every_stage_and_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["early", "late"])
+def test_killed_at_every_stage_and_finished(tmp_path: Path, late: bool) -> None:
+    """Early: while teachers are assessed, and the student taught; late: besides, while others are, and at the end."""
     make_data(tmp_path)
     make_zoo(tmp_path)
     settings = make_settings(
@@ -89,13 +91,14 @@ def test_killed_at_every_stage_and_finished(tmp_path: Path) -> None:
         newest = CheckpointStore(str(run / "ray"), folder.name).newest() if folder is not None else None
         return newest is not None and newest.metrics["arm"] == 1 and newest.metrics["epoch"] >= 5
 
-    # During the training of the second of three controls.
-    children += kill_when(settings, second_control_has_begun)
-    assert some("distill/*/stage.json")()
-    assert len(list(run.glob("students/*/done.json"))) == 2
-    assert not some("evaluate/*/stage.json")()
-    # During registration.
-    children += kill_when(settings, some("register/*"))
+    if late:
+        # During the training of the second of three controls.
+        children += kill_when(settings, second_control_has_begun)
+        assert some("distill/*/stage.json")()
+        assert len(list(run.glob("students/*/done.json"))) == 2
+        assert not some("evaluate/*/stage.json")()
+        # During registration.
+        children += kill_when(settings, some("register/*"))
 
     process = start(settings)
     output = process.communicate(timeout=200)[0]

@@ -261,6 +261,7 @@ def test_going_back_to_former_settings_brings_the_alias_back(world: Path, finish
     assert text.count("unchanged since") == 6
 
 
+@pytest.mark.slow
 def test_another_teacher_is_assessed_alone(world: Path, finished, tmp_path: Path) -> None:
     copy = tmp_path / "world"
     shutil.copytree(world, copy, ignore=shutil.ignore_patterns("mlartifacts", "mlflow.db"))
@@ -302,6 +303,7 @@ def test_when_no_teacher_helps_it_says_so_and_trains_on_the_labels(world: Path, 
     )  # the student is the former run's "no teacher", seed by seed
 
 
+@pytest.mark.slow
 def test_a_zoo_with_one_teacher_works(world: Path, finished, tmp_path: Path) -> None:
     _, result = without_tracking(world, tmp_path, "zoo.only=[mixed]", "evaluate.controls=[no_teacher, best_single]")
     assert result.returncode == 0, result.stderr

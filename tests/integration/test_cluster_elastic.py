@@ -131,6 +131,7 @@ def test_a_range_of_workers_is_checked(cluster, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_was_written_down_about_memory_is_read_by_the_next_driver(cluster, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "failure.json").write_text(json.dumps({"failure": "memory", "times": 2}))

@@ -90,6 +90,7 @@ def test_a_run_is_recorded_from_its_start_over_a_failure_to_its_end(tmp_path: Pa
     assert not (tmp_path / "storage" / "birds" / "tracking-journal").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_checkpoints_may_be_uploaded(tmp_path: Path) -> None:
     (tmp_path / "flag").touch()

@@ -145,6 +145,7 @@ def test_a_zoo_in_the_registry_is_assessed_as_its_files_are(server, cluster, wor
     assert [path for path in stored if path.suffix in (".pkl", ".pth", ".pickle")] == []
 
 
+@pytest.mark.slow
 def test_a_model_that_its_owner_logged_with_mlflow_alone_is_a_teacher(server, credentials, tmp_path):
     script = textwrap.dedent(
         """

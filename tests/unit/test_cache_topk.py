@@ -54,7 +54,7 @@ def test_distributions_stay_distributions(C, k, scale, seed):
     assert torch.equal(expanded.argmax(1), logits.argmax(1)) or scale < 1e-3
     if k >= C:
         torch.testing.assert_close(expanded, logits.log_softmax(1), atol=1e-5, rtol=1e-6)
-        assert compression_error(logits, k) < 1e-12
+        assert compression_error(logits, k).max() < 1e-12
 
 
 def test_a_constant_in_the_logits_is_gone():
@@ -65,7 +65,7 @@ def test_a_constant_in_the_logits_is_gone():
 
 def test_the_error_falls_with_k_and_equals_the_divergence():
     logits = some(n=20, C=30, dtype=torch.float64)
-    errors = [compression_error(logits, k) for k in range(1, 31)]
+    errors = [float(compression_error(logits, k).mean()) for k in range(1, 31)]
     assert all(later <= earlier for earlier, later in pairwise(errors))
     assert errors[0] > 0.1 and errors[-1] == pytest.approx(0, abs=1e-12)
     p = logits.softmax(1)
@@ -77,7 +77,7 @@ def test_the_error_falls_with_k_and_equals_the_divergence():
 def test_even_others_are_lost_nothing():
     logits = torch.full((3, 100), -2.0)
     logits[:, :4] = torch.tensor([5.0, 3.0, 1.0, 0.0])
-    assert compression_error(logits, 4) == pytest.approx(0, abs=1e-12)
+    assert float(compression_error(logits, 4).max()) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -89,7 +89,7 @@ def test_extreme_logits(dtype):
         torch.testing.assert_close(expanded.exp(), logits.float().softmax(1))
         if k < 4:
             np.testing.assert_allclose(expanded, direct(logits.double().numpy(), k), rtol=1e-6, atol=1e-6)
-        assert compression_error(logits, k) == pytest.approx(0, abs=1e-9)
+        assert float(compression_error(logits, k).max()) == pytest.approx(0, abs=1e-9)
 
 
 def test_excluded_classes_have_no_mass():
@@ -97,8 +97,8 @@ def test_excluded_classes_have_no_mass():
     compressed = compress_logits(logits, 2)
     assert compressed["rest"].item() == -math.inf
     assert expand_logits(**compressed, C=4).exp().tolist()[0][2:] == [0, 0]
-    assert compression_error(logits, 2) == pytest.approx(0, abs=1e-12)
-    assert math.isfinite(compression_error(logits, 1))
+    assert float(compression_error(logits, 2).max()) == pytest.approx(0, abs=1e-12)
+    assert compression_error(logits, 1).isfinite().all()
 
 
 def test_tiny_mass_of_the_others_keeps_its_digits():
@@ -128,8 +128,7 @@ def test_class_numbers_take_two_bytes_where_they_fit(C, dtype):
 
 def test_no_rows():
     assert expand_logits(**compress_logits(torch.empty(0, 5), 2), C=5).shape == (0, 5)
-    with pytest.raises(ValueError, match="at least one row"):
-        compression_error(torch.empty(0, 5), 2)
+    assert compression_error(torch.empty(0, 5), 2).shape == (0,)
 
 
 def test_bad_arguments():

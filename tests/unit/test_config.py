@@ -129,9 +129,9 @@ def test_a_merge_key_gives_way_to_the_mapping_s_own_keys() -> None:
         parse_yaml("base: &base {a: 1}\nchild: {<<: *base, lr: 2, lr: 3}", where="x")
 
 
-def test_a_run_folder_in_a_bucket_is_refused(base: Path) -> None:
-    with pytest.raises(ConfigError, match="run_dir s3://bucket/x is a URI"):
-        load_settings([base], ["run_dir=s3://bucket/x"])
+def test_a_run_folder_in_an_unknown_store_is_refused(base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`run_dir`: s4://bucket/x is of no store that is known"):
+        load_settings([base], ["run_dir=s4://bucket/x"])
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:

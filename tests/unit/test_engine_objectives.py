@@ -15,7 +15,7 @@ from pipeline.engine.objectives import build_objective, wants
 from pipeline.errors import ConfigError
 
 CLASSES = ("a", "b", "c")
-README = Path(__file__).parents[2] / "README.md"
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
 NAMES = sorted(set(ObjectiveSpec.model_fields) - {"own"})
 
 
@@ -99,12 +99,12 @@ def test_the_default_is_three_parts_and_without_teachers_the_labels_remain() -> 
     assert wants(labels_alone(ObjectiveSpec())) == frozenset()
 
 
-def test_the_readme_s_own_objective_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = README.read_text(encoding="utf-8").split("```python\n# my_losses.py\n")[1].split("```")[0]
-    (tmp_path / "my_losses.py").write_text(block, encoding="utf-8")
+def test_the_objective_on_the_page_of_the_recipes_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = RECIPES.read_text(encoding="utf-8").split("```python\n# certain.py\n")[1].split("```")[0]
+    (tmp_path / "certain.py").write_text(block, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
-    spec = objective_of(own={"my_losses:Certain": {"weight": 0.1, "power": 2.0}})
+    monkeypatch.delitem(sys.modules, "certain", raising=False)
+    spec = objective_of(own={"certain:Certain": {"weight": 0.1, "power": 2.0}})
     found = build_objective(spec, about)(step())
     given = step()
     expected = (1 - given.logits[3:].softmax(1).max(1).values).pow(2).mean()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.cache.store import OutputStore, compact
-from pipeline.cache.topk import compress_logits
+from pipeline.cache.topk import compress_logits, compression_error
 from pipeline.data.ingest import build_table
 from pipeline.data.spec import ImageSpec, NumpySource, SplitSpec
 from pipeline.engine.optim import build_optimiser
@@ -48,7 +48,8 @@ def test_a_shard_is_as_large_as_the_one_that_is_written(
     if top_k is None or top_k >= classes:
         tensors["logits"] = compact(logits, precision)
     else:
-        tensors |= {name: compact(value, precision) for name, value in compress_logits(logits, top_k).items()}
+        parts = compress_logits(logits, top_k) | {"lost": compression_error(logits, top_k)}
+        tensors |= {name: compact(value, precision) for name, value in parts.items()}
     ids = np.random.default_rng(0).integers(0, 256, (rows, 16), dtype=np.uint8)
     written = (entry.path / entry.put(ids, tensors, {"classes": str(classes)})).stat().st_size
     columns = output_columns(classes, features, precision=precision, top_k=top_k)

@@ -385,6 +385,16 @@ def test_a_local_folder_with_a_cluster(folder: Path) -> None:
     assert "'ray://head:10001'" in found and "shared path" in found
     assert refused(settings, dataclasses.replace(cluster, shared=True)) == []
     assert refused(settings, dataclasses.replace(cluster, nodes=1)) == []
+    assert refused(settings.model_copy(update={"run_dir": "s3://bucket/run"}), cluster) == []
+
+
+def test_weights_on_a_disk_of_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.planning.refusals.is_shared", lambda place: "shared" in place.parts)
+    settings, cluster = settings_of(folder, cluster={"address": "auto"}), Cluster(nodes=4, cpus=8)
+    (told,) = warnings([], settings, cluster, [Path("/shared/zoo"), Path("/disk/zoo")])
+    assert "weights in /disk/zoo" in told and "every node needs them at that path" in told
+    assert warnings([], settings, cluster, [Path("/shared/zoo")]) == []
+    assert warnings([], settings, dataclasses.replace(cluster, nodes=1), [Path("/disk/zoo")]) == []
 
 
 def test_a_cache_over_its_quota(folder: Path) -> None:

@@ -1,7 +1,9 @@
 """What teachers say, through the cache: an image is shown once, however often it is asked of."""
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,16 @@ from pipeline.data.spec import AugmentSpec
 from pipeline.models import nets
 from pipeline.models.spec import PreprocessingSpec
 from pipeline.models.teacher import Teacher, predict
-from pipeline.stages.outputs import CLEAN, CachedTeacher, Output, cache_root, look_after, outputs_of, view_name
+from pipeline.stages.outputs import (
+    CLEAN,
+    CachedTeacher,
+    Output,
+    cache_root,
+    look_after,
+    outputs_of,
+    tell_kept,
+    view_name,
+)
 from tests.tiny import make_settings
 
 GREY = PreprocessingSpec(channels=1, mean=(0.5,), std=(0.5,))
@@ -108,7 +119,40 @@ def test_the_largest_logits_are_enough(tmp_path: Path) -> None:
     found = ask(cached(tmp_path, top_k=5, precision="fp32"), counted, list(range(6))).logits
     kept = exact.topk(5, 1).indices
     torch.testing.assert_close(found.log_softmax(1).gather(1, kept), exact.gather(1, kept), atol=1e-5, rtol=0)
-    assert torch.equal(found, ask(cached(tmp_path, top_k=5, precision="fp32"), counted, list(range(6))).logits)
+    again = ask(cached(tmp_path, top_k=5, precision="fp32"), counted, list(range(6)))
+    assert torch.equal(found, again.logits) and counted.shown == 6
+    divergence = (exact.exp() * (exact - found.log_softmax(1))).sum(1)
+    assert again.lost == pytest.approx(float(divergence.mean()), rel=1e-4) and again.lost > 0.001
+    assert ask(cached(tmp_path, top_k=40), counted, [0]).lost == ask(cached(tmp_path), counted, [0]).lost == 0
+
+
+@dataclass
+class Told:
+    """Keeps what would be printed."""
+
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def note(self):
+        return self.notes.append
+
+    @property
+    def warn(self):
+        return self.warnings.append
+
+
+def test_what_is_lost_is_told_for_all_teachers_and_the_worst() -> None:
+    display = Told()
+    run = SimpleNamespace(settings=SimpleNamespace(cache=SimpleNamespace(top_k=5)), display=display)
+    tell_kept(run, [("a", {"rows": 3, "lost": 0.1, "note": ""}), ("a", {"rows": 1, "lost": 0.5, "note": "full"}),
+                    ("b", {"rows": 9, "lost": 0.0, "note": ""})])  # fmt: skip
+    assert display.warnings == ["what teachers say is not kept for other runs: full"]
+    [line] = display.notes
+    assert "0.1 nats on average" in line and "at most 0.2 (a)" in line and "cache.top_k=5" in line
+    run.settings.cache.top_k = None
+    tell_kept(run, [("a", {"rows": 3, "lost": 0.0, "note": ""})])
+    assert len(display.notes) == 1
 
 
 def test_a_shard_cut_short_is_computed_again(tmp_path: Path) -> None:

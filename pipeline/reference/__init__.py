@@ -1,0 +1,1 @@
+"""The reference of the settings, made from their models: a JSON Schema and a page of Markdown."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +27,14 @@ def cluster() -> None:
 def no_cluster() -> None:
     """This process is in no Ray session."""
     _running.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _same_interrupt() -> Iterator[None]:
+    """Take back the handler that Ray Train leaves behind where a test fits in the main thread; its run is over."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -85,7 +85,7 @@ def _section(
         prop = entry["properties"][key]
         inner = models_in(field.annotation)
         links = ", ".join(f"[{_plain(titles[other])}](#{_anchor(titles[other])})" for other in inner)
-        told = _cell(said.get(name, ""))
+        told = _cell(said.get(name, "")).replace("<", "&lt;")
         rows.append(f"| `{key}` | {links or _type(prop)} | {_default(field)} | {told} |")
     if not rows:
         return "\n".join([*lines, "It has no settings.", ""])

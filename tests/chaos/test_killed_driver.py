@@ -63,7 +63,7 @@ def test_killed_at_every_stage_and_finished(tmp_path: Path, late: bool) -> None:
     make_zoo(tmp_path)
     settings = make_settings(
         tmp_path,
-        evaluate={"seeds": 2, "controls": ["no_teacher"]},
+        evaluate={"seeds": 2, "controls": ["no_teacher"]} if late else {"seeds": 1, "controls": []},
         register={"gate": False},  # this small a student need not gain by its teachers
         distill={
             "student": {"name": "small_cnn", "kwargs": {"width": 8}},
@@ -112,10 +112,11 @@ def test_killed_at_every_stage_and_finished(tmp_path: Path, late: bool) -> None:
     history = json.loads(next(run.glob("distill/*/history.json")).read_text())
     assert [metrics["epoch"] for metrics in history] == list(range(1, 61))
 
-    # Three trainings of 60 epochs with a checkpoint each: had the second one started over, there would be more.
-    saved = CheckpointStore(str(run / "ray"), next(run.glob("ray/controls-*")).name).newest()
-    assert saved is not None
-    assert saved.index == 3 * 60 - 1
+    if late:
+        # Three trainings of 60 epochs with a checkpoint each: had the second one started over, there would be more.
+        saved = CheckpointStore(str(run / "ray"), next(run.glob("ray/controls-*")).name).newest()
+        assert saved is not None
+        assert saved.index == 3 * 60 - 1
 
     import mlflow
 

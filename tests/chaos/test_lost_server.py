@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 EPOCHS = 30
 
 
+@pytest.mark.slow
 def test_a_server_lost_during_the_training_leaves_no_gap(tmp_path: Path) -> None:
     run = tmp_path / "run"
     make_data(tmp_path)

@@ -118,6 +118,7 @@ def test_the_same_call_computes_nothing_and_the_command_line_goes_on(
     assert shown[1].count("fresh") == 4 and "distill.loop.epochs: 2 → 60" in " ".join(shown[1].split())
 
 
+@pytest.mark.slow
 def test_own_source_own_score_and_own_objective(folder: Path, cluster, capsys: pytest.CaptureFixture) -> None:
     (folder / "sheets").mkdir()
     write_sheets(folder / "sheets", per_class=40)

@@ -62,6 +62,7 @@ def run_out_of_memory(context, payload):
         assert not context.leaving()
 
 
+@pytest.mark.slow
 def test_short_of_memory_the_run_goes_on_and_says_so_to_the_loop(cluster, tmp_path):
     heard = []
     outcome = fit(

@@ -127,7 +127,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         zoo={"path": "zoo.yaml", "trusted_factories": ["my_nets"]},
         run_dir=str(folder.parent / f"{folder.name}-run"),
-        evaluate={"seeds": 1, "controls": ["no_teacher"]},
+        evaluate={"seeds": 1, "controls": []},
         register={"gate": False},
         distill={
             "student": {"name": "small_cnn", "kwargs": {"width": 8}},

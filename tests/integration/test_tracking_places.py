@@ -79,6 +79,7 @@ def test_artefacts_and_students_may_lie_in_a_bucket(bucket: str, tmp_path: Path)
     assert SECRET.encode() not in (tmp_path / "mlflow.db").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_server_that_asks_for_a_password_and_keeps_its_files_in_a_bucket(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from torch import distributed, multiprocessing
 
 # Of a collective that a rank waits in alone, so that a test fails rather than hangs.
 PATIENCE = timedelta(seconds=60)
+# What the first DistributedDataParallel and the first optimiser of a process load.
+_SLOW_TO_LOAD = ("torch.nn.parallel", "torch._dynamo", "torch.optim")
 
 
 def run_ranks(
@@ -27,8 +29,8 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` in `world_size` new processes that form one gloo group.
 
-    Warnings are errors in them, as in the tests themselves. No process outlives the call. Starting them and the first
-    DistributedDataParallel of each take some ten seconds, so that a module's tests best share one call in a fixture.
+    Warnings are errors in them, as in the tests themselves. No process outlives the call but the one that all ranks are
+    forked from, which has torch loaded; it ends with the tests.
 
     Parameters
     ----------
@@ -54,8 +56,14 @@ def run_ranks(
     TimeoutError
     """
     folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=tmp_path))
+    multiprocessing.set_forkserver_preload(["tests.ddp", *_SLOW_TO_LOAD])
     context = multiprocessing.start_processes(
-        _rank, (world_size, str(folder), function, args), nprocs=world_size, join=False, daemon=True
+        _rank,
+        (world_size, str(folder), function, args),
+        nprocs=world_size,
+        join=False,
+        daemon=True,
+        start_method="forkserver",
     )
     try:
         end = time.monotonic() + timeout

@@ -64,7 +64,9 @@ class GroupContext(LocalContext):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap the module."""
-        return DistributedDataParallel(model.to(self.device), find_unused_parameters=False)
+        return DistributedDataParallel(
+            model.to(self.device), find_unused_parameters=False, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
 
     def barrier(self) -> None:
         """Wait for the others."""

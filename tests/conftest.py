@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 
@@ -30,11 +31,20 @@ def no_cluster() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _same_interrupt() -> Iterator[None]:
-    """Take back the handler that Ray Train leaves behind where a test fits in the main thread; its run is over."""
-    before = signal.getsignal(signal.SIGINT)
+def _interrupt() -> None:
+    """Let Ctrl-C interrupt, here and in what is started from here.
+
+    A shell has what it runs in the background ignore it, and Ray Train leaves a handler behind where a test fits in the
+    main thread, though its run is over.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Keep what a command with -v sets for its process from the tests that follow."""
     yield
-    signal.signal(signal.SIGINT, before)
+    os.environ.pop("FACULTY_VERBOSE", None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -80,12 +80,22 @@ class RayContext:
         self.refused: Exception | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move the module to the device; wrap it where several workers train it (frozen ones have nothing to share)."""
+        """Move the module to the device; wrap it where several workers train it (frozen ones have nothing to share).
+
+        Buffers are not sent around before every step: running statistics take no part in training, and rank 0's are
+        those that are kept; all others (costs, former weights) are the same on every rank anyway.
+        """
         model = model.to(self.device)
         if self.world_size == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=False)
+        return DistributedDataParallel(
+            model,
+            device_ids=device_ids,
+            find_unused_parameters=False,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
     def report(self, metrics: dict[str, float], checkpoint: Path | None = None) -> None:
         """Tell the driver; rank 0's checkpoint is copied to the storage while the loop goes on."""

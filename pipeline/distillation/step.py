@@ -205,7 +205,8 @@ class Objective(nn.Module):
     """A part of the loss: ``Objective(about, **settings)``; its weight and schedule are applied outside of it.
 
     A loss is a mean over a fixed number of rows, so that the mean over data-parallel ranks is that of the whole batch.
-    Parameters of its own (projections, heads) are trained with the student and dropped after the training.
+    Parameters of its own (projections, heads) are trained with the student and dropped after the training. Buffers that
+    it changes are each rank's own: nobody sends them around.
 
     Attributes
     ----------

@@ -27,7 +27,9 @@ class Ranked(LocalContext):
         self.rank, self.world_size = rank, world_size
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        return model if self.world_size == 1 else DistributedDataParallel(model)
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 class FailsOn(Both):

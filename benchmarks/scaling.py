@@ -65,7 +65,10 @@ class GroupContext(LocalContext):
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap the module."""
         return DistributedDataParallel(
-            model.to(self.device), find_unused_parameters=False, forward_sync_buffers=False, gradient_as_bucket_view=True
+            model.to(self.device),
+            find_unused_parameters=False,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
         )
 
     def barrier(self) -> None:

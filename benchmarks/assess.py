@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.results import ROOT, goal, write
 from pipeline.cluster.session import session
 from pipeline.cluster.spec import ClusterSpec
-from pipeline.config import Settings, load_settings
+from pipeline.config import Settings
 from pipeline.data.table import ImageTable
 from pipeline.models import nets
 from pipeline.models.catalogue import write_catalogue
@@ -35,6 +35,7 @@ from pipeline.models.sources import load_teacher
 from pipeline.models.teacher import predict
 from pipeline.models.zoo import Zoo, load_zoo
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages import assess as stage
 from pipeline.stages.run import run_pipeline
 from pipeline.transport.bridge import fit_bridge

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import ROOT, goal, write
-from pipeline.config import load_settings
+from pipeline.settings_files import load_settings
 from pipeline.stages.run import run_pipeline
 
 SPLITS = 5

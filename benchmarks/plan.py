@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import ROOT, goal, write
-from pipeline.config import Settings, load_settings
+from pipeline.config import Settings
 from pipeline.planning.against import WITHIN_MEMORY, WITHIN_SECONDS, against
 from pipeline.planning.plan import keep, make_plan
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages.run import run_pipeline
 
 COLUMNS = {

@@ -16,7 +16,7 @@ def cache(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Bring the cache of teacher outputs within its quota, and say what is in it."""
-    from pipeline.config import load_settings
+    from pipeline.settings_files import load_settings
     from pipeline.stages.outputs import look_after
 
     look_after(load_settings(config or [], overrides or []), verify=verify, as_json=as_json)

@@ -39,7 +39,7 @@ def execute(
     """Load the settings and run the pipeline up to a stage, or only show where each stage stands."""
     if as_json and not status:
         raise UserError("--json goes with --status: a run itself says what it does line by line")
-    from pipeline.config import load_settings
+    from pipeline.settings_files import load_settings
 
     if verbose:
         os.environ["FACULTY_VERBOSE"] = "1"

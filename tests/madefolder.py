@@ -16,11 +16,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from pipeline.config import load_settings
 from pipeline.engine.arms import TAUGHT
 from pipeline.engine.evaluation import evaluate
 from pipeline.models.student import build_student, save_student
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages.amalgamate import histograms, write_assignments
 from pipeline.stages.artefacts import Record, RunFolder, write_json, write_settings
 from pipeline.stages.assess import schema

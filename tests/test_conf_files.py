@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import load_settings
+from pipeline.settings_files import load_settings
 from pipeline.strict import load_yaml
 
 ROOT = Path(__file__).parent.parent

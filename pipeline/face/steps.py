@@ -11,7 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from pipeline.config import Settings, apply, overlay
+from pipeline.config import Settings
 from pipeline.errors import ConfigError, FacultyError, UserError
 from pipeline.face.progress import CallDisplay
 from pipeline.face.results import Assessment, Faculty
@@ -19,6 +19,7 @@ from pipeline.face.student import Student, Version
 from pipeline.face.task import Task, load_task
 from pipeline.face.zoo import Zoo, load_zoo
 from pipeline.places import is_remote
+from pipeline.settings_files import apply, overlay
 from pipeline.strict import validate
 from pipeline.tracking.redact import redact
 

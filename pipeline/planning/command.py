@@ -24,15 +24,15 @@ def plan_run(
     Parameters
     ----------
     config, overrides
-        See `pipeline.config.load_settings`.
+        See `pipeline.settings_files.load_settings`.
     described, price, calibration
         See `pipeline.planning.plan.make_plan`.
     as_json : bool
         Print the plan as JSON on standard output, and the progress on standard error.
     display : Display, optional
     """
-    from pipeline.config import load_settings
     from pipeline.planning.plan import as_text, keep, make_plan
+    from pipeline.settings_files import load_settings
 
     display = display or Display(Console(stderr=True, highlight=False) if as_json else None)
     settings = load_settings(config, overrides)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.job_request import STOP_WAIT, STOP_WAIT_S, JobRequest
-from pipeline.config import load_settings
 from pipeline.errors import ConfigError, UserError
 from pipeline.remote.travels import Folder, settings_there
+from pipeline.settings_files import load_settings
 from pipeline.strict import load_yaml
 from pipeline.tracking.redact import redact
 
@@ -64,7 +64,8 @@ def make_request(config: Sequence[Path], overrides: Sequence[str], options: Opti
     Parameters
     ----------
     config, overrides
-        See `pipeline.config.load_settings`. ``cluster.address`` becomes ``auto``: the cluster that the job runs on.
+        See `pipeline.settings_files.load_settings`. ``cluster.address`` becomes ``auto``: the cluster that the job
+        runs on.
     options : Options
 
     Raises

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Settings, load_settings
+from pipeline.config import Settings
 from pipeline.errors import ConfigError, TeacherError
+from pipeline.settings_files import load_settings
 
 if TYPE_CHECKING:
     from pipeline.models.zoo import Zoo

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import load_settings
 from pipeline.data.mirror import share
 from pipeline.errors import UserError
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages import report_facts, report_images, report_training
 from pipeline.stages.artefacts import digest_of, write_text
 from pipeline.stages.base import Run

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.config import apply, load_settings
 from pipeline.errors import ConfigError, StageError, UserError
 from pipeline.report.console import Display
+from pipeline.settings_files import apply, load_settings
 from pipeline.stages.artefacts import Record, RunFolder
 from pipeline.stages.base import Run, Stage
 

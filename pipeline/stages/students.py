@@ -88,7 +88,7 @@ def show_lineage(
 
 def _registry(tracking_uri: str | None, config: Sequence[Path]) -> tuple[Registry, RegisterSpec]:
     """Open the registry that the options lead to; return it with the settings of registration."""
-    from pipeline.config import load_settings
+    from pipeline.settings_files import load_settings
     from pipeline.tracking.versions import open_registry
 
     registration, tracking, run_dir = RegisterSpec(), TrackingSpec(), ""

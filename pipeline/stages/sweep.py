@@ -19,9 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.config import Settings, apply, load_settings
+from pipeline.config import Settings
 from pipeline.errors import Interrupted
 from pipeline.report.console import Display
+from pipeline.settings_files import apply, load_settings
 from pipeline.stages import tables
 from pipeline.stages.artefacts import RunFolder, write_json, write_settings
 from pipeline.stages.base import Run

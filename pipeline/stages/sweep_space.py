@@ -7,8 +7,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from pipeline.config import Settings, apply
+from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.settings_files import apply
 from pipeline.stages.artefacts import digest_of
 from pipeline.sweep_spec import Domain, SweepSpec
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Settings, apply
+from pipeline.config import Settings
 from pipeline.engine.objective_spec import labels_alone
+from pipeline.settings_files import apply
 from pipeline.stages import training
 from pipeline.stages.base import Run, Stage
 from pipeline.stages.distill import student_arm

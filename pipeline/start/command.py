@@ -12,12 +12,12 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from pipeline.config import load_settings
 from pipeline.errors import ConfigError, UserError
 from pipeline.models.files import missing, replacing
 from pipeline.models.spec import TRUSTED_FACTORIES
 from pipeline.reference.command import schema_text
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.start.images import Images, look_at_images
 from pipeline.start.splits import propose_splits, shown_counts
 from pipeline.start.teachers import Ask, Draft, draft_teachers

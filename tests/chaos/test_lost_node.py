@@ -26,9 +26,9 @@ from pipeline.cluster.inline import fit_inline
 from pipeline.cluster.session import session
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.cluster.train import fit
-from pipeline.config import load_settings
 from pipeline.engine.checkpoint import CheckpointStore, load_state, save_state
 from pipeline.models.nets import mlp
+from pipeline.settings_files import load_settings
 from pipeline.stages.run import run_pipeline
 from tests.tiny import SIDE, make_data, make_settings, make_zoo, write_zoo
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.config import load_settings
 from pipeline.data.sources import open_source
 from pipeline.data.spec import ParquetSource
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages.run import run_pipeline
 from pipeline.start.command import Wanted, initialise
 

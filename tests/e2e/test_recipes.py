@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from pipeline.config import load_settings
 from pipeline.engine.teaching import Teaching
 from pipeline.errors import ConfigError
 from pipeline.models.student import load_student
+from pipeline.settings_files import load_settings
 from pipeline.stages.artefacts import Record
 from pipeline.stages.run import run_pipeline
 from tests.tiny import SHAPES, make_data, make_settings, make_zoo, write_zoo

@@ -12,10 +12,10 @@ import yaml
 from rich.console import Console
 from safetensors import safe_open
 
-from pipeline.config import load_settings
 from pipeline.models.catalogue import write_catalogue
 from pipeline.models.zoo import load_zoo
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages.run import run_pipeline
 from tests import tiny
 

@@ -16,12 +16,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.config import load_settings
 from pipeline.errors import UserError
 from pipeline.models.spec import MlflowModel, StudentSpec
 from pipeline.models.student import build_student, load_student, save_student
 from pipeline.models.zoo import load_zoo
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages import tables, training
 from pipeline.stages.artefacts import Record, RunFolder, digest_of_file, flatten, write_json, write_settings
 from pipeline.stages.base import Run

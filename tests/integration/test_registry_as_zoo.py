@@ -15,11 +15,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.config import load_settings
 from pipeline.errors import UserError
 from pipeline.models.sources import load_teacher
 from pipeline.models.zoo import load_zoo
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages.run import run_pipeline
 from pipeline.stages.teachers import source_options
 from tests import tiny

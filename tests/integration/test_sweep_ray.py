@@ -19,9 +19,9 @@ from ray._private.state import actors
 from rich.console import Console
 
 from pipeline.cluster import tasks, trials
-from pipeline.config import load_settings
 from pipeline.errors import Interrupted
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages.base import Run
 from pipeline.stages.run import run_pipeline, show_status
 from pipeline.stages.sweep import sweep

@@ -19,7 +19,7 @@ import pytest
 import ray
 import yaml
 
-from pipeline.config import load_settings
+from pipeline.settings_files import load_settings
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "conf" / "cluster"

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Settings, apply, load_settings, parse_overrides
+from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.settings_files import apply, load_settings, parse_overrides
 from pipeline.strict import parse_yaml
 
 BASE = """

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.config import Settings, load_settings
+from pipeline.config import Settings
 from pipeline.models.spec import ZooFile
+from pipeline.settings_files import load_settings
 from pipeline.strict import load_yaml, validate
 from tests.documents import PAGES, ROOT, blocks, commands
 

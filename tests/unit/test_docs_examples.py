@@ -12,12 +12,13 @@ import yaml
 from PIL import Image
 
 from docs.examples import my_data, my_losses, my_scores
-from pipeline.config import Settings, load_settings
+from pipeline.config import Settings
 from pipeline.data.ingest import build_table
 from pipeline.data.spec import ImageSpec, OwnSource, SplitSpec
 from pipeline.data.table import ImageTable
 from pipeline.distillation.step import Said, Step
 from pipeline.engine.objectives import wants
+from pipeline.settings_files import load_settings
 from pipeline.stages.own_scores import own_scores, score_own
 from tests.tiny import SHAPES, SIDE, images
 

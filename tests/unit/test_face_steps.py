@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 import pipeline as faculty
-from pipeline.config import Settings, load_settings
+from pipeline.config import Settings
 from pipeline.face.results import Assessment, Faculty
 from pipeline.face.student import Student
+from pipeline.settings_files import load_settings
 from tests.tiny import write_zoo
 
 README = Path(__file__).parents[2] / "README.md"

@@ -15,13 +15,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.config import load_settings
 from pipeline.data.splits import assign
 from pipeline.errors import ConfigError, DataError, UserError
 from pipeline.models import nets
 from pipeline.models.sources import load_teacher
 from pipeline.models.zoo import load_zoo
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.start.command import Wanted, initialise
 from pipeline.start.images import look_at_images
 from pipeline.start.splits import batch_sizes, propose_splits

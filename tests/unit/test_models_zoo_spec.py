@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_settings
 from pipeline.errors import ConfigError
 from pipeline.models.zoo_spec import RegistryQuery
+from pipeline.settings_files import load_settings
 from tests import tiny
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.config import Settings, load_settings
+from pipeline.config import Settings
 from pipeline.errors import ConfigError
 from pipeline.planning.against import against
 from pipeline.planning.calibrate import calibrate, sample, threads
@@ -29,6 +29,7 @@ from pipeline.planning.recorded import recorded
 from pipeline.planning.refusals import refusals, warnings
 from pipeline.planning.teachers import TeacherSize
 from pipeline.planning.work import Work, net_sizes, shards_of, work_of
+from pipeline.settings_files import load_settings
 from pipeline.stages.artefacts import Record, RunFolder, write_settings
 from tests.tiny import SIDE, make_data, make_settings, make_zoo
 

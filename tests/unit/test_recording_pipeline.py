@@ -21,9 +21,9 @@ from rich.console import Console
 from pipeline.assessment.halving import Standing
 from pipeline.cluster import tasks, trials
 from pipeline.cluster.spec import ClusterSpec
-from pipeline.config import load_settings
 from pipeline.engine.checkpoint import plain
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages import recording_trainings
 from pipeline.stages.artefacts import digest_of_file
 from pipeline.stages.base import Run

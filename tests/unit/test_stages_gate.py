@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import load_settings
 from pipeline.distillation.step import Head
 from pipeline.engine.evaluation import evaluate, evaluate_heads
 from pipeline.errors import ConfigError
+from pipeline.settings_files import load_settings
 from pipeline.stages.gate import credit, fingerprint_of, paired
 from pipeline.stages.model_card import licence_warnings
 from pipeline.tracking.spec import RegisterSpec

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pipeline.cache.store import CacheError
-from pipeline.config import load_settings
 from pipeline.data.spec import AugmentSpec
 from pipeline.models import nets
 from pipeline.models.spec import PreprocessingSpec
 from pipeline.models.teacher import Teacher, predict
+from pipeline.settings_files import load_settings
 from pipeline.stages.outputs import (
     CLEAN,
     CachedTeacher,

@@ -10,13 +10,14 @@ import pytest
 import torch
 from pyarrow import fs
 
-from pipeline.config import Settings, load_settings
+from pipeline.config import Settings
 from pipeline.data import storage
 from pipeline.data.mirror import Mirror
 from pipeline.errors import ConfigError, TeacherError, UserError
 from pipeline.models.sources import load_teacher
 from pipeline.models.zoo import load_zoo
 from pipeline.places import local_place
+from pipeline.settings_files import load_settings
 from pipeline.stages.artefacts import Record, RunFolder
 from pipeline.stages.outputs import cache_root
 from pipeline.stages.visibility import Place, _told, look_at

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import load_settings
 from pipeline.errors import ConfigError
+from pipeline.settings_files import load_settings
 from pipeline.stages import select
 from pipeline.stages.together import choice_of
 from tests.tiny import make_settings

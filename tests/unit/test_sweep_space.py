@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Settings, load_settings
+from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.settings_files import load_settings
 from pipeline.stages.sweep_space import (
     GridSearch,
     RandomSearch,

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.config import TrialResources, load_settings
+from pipeline.config import TrialResources
 from pipeline.errors import ConfigError, StageError, TeacherError
 from pipeline.models import nets
 from pipeline.models.cards import CardStore, cards_path
@@ -26,6 +26,7 @@ from pipeline.models.teacher import predict
 from pipeline.models.zoo import load_zoo
 from pipeline.models.zoo_spec import RegistryQuery
 from pipeline.report.console import Display
+from pipeline.settings_files import load_settings
 from pipeline.stages.artefacts import Record, RunFolder
 from pipeline.stages.base import Run
 from pipeline.stages.push import Push, push_zoo

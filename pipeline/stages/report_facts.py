@@ -237,8 +237,9 @@ def ranking(run: Run) -> dict[str, Any]:
 
 
 def score_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the scores that any of the teachers has: ours, those of the literature, and the settings' own."""
-    names = dict.fromkeys([*SCORES, *(name for row in rows[:1] for name in row if name.startswith("own."))])
+    """Return the scores that any of the teachers has: ours, the settings' own, then those of the literature."""
+    own = [name for row in rows[:1] for name in row if name.startswith("own.")]
+    names = dict.fromkeys([SCORES[0], *own, *SCORES])
     return [name for name in names if name not in _NOT_SCORES and any(row.get(name) is not None for row in rows)]
 
 

@@ -10,9 +10,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
@@ -25,7 +27,7 @@ from pipeline.report import page
 from pipeline.report.page_format import NOT_KNOWN, count, percent, points
 from pipeline.stages import report
 from pipeline.stages.amalgamate import write_assignments
-from pipeline.stages.artefacts import write_json
+from pipeline.stages.artefacts import write_json, write_settings
 from pipeline.stages.plans import transport_plan
 from pipeline.stages.report_facts import rank_correlation
 from pipeline.stages.report_folder import kept_run
@@ -123,6 +125,32 @@ def test_the_agreement_is_spearmans(made: Made) -> None:
     np.testing.assert_allclose(np.diag(matrix), 1)
     # The cost rises as the score falls in the made run; it is turned around.
     assert matrix[found["names"].index("score"), found["names"].index("transport_cost")] == pytest.approx(1)
+
+
+def test_scores_of_one_s_own_stand_beside_the_built_in_ones(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.root, tmp_path / "run")
+    (file,) = (tmp_path / "run" / "assess").glob("*/assessment.parquet")
+    table = pq.read_table(file)
+    mine = {"own.separation": [0.3, 0.1, 0.2, None], "own.width_of_all": [None, 7.0, 8.0, 9.0]}
+    for name, values in mine.items():
+        table = table.append_column(name, pa.array(values, pa.float64()))
+    pq.write_table(table, file)
+    written = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text(encoding="utf-8"))
+    written["assess"]["own"] = {f"not_on_this_machine:{name[4:]}": {} for name in mine}
+    write_settings(tmp_path / "run" / "settings.yaml", written)
+
+    found = page_of(tmp_path / "run")
+    head, *shown = found.rows("ranking-table")
+    titles = [cell[0] for cell in head]
+    for name, title in zip(mine, ("yours: separation", "yours: width of all"), strict=True):
+        assert titles.index("parameters") < titles.index(title) < titles.index("k-NN")
+        told = [cells[titles.index(title)][1] for cells in shown]
+        assert [float(value) if value else None for value in told] == mine[name]
+    matrix = report.gather(kept_run(tmp_path / "run"), ["agreement"])["parts"]["agreement"]
+    place = [matrix["names"].index(name) for name in ("own.separation", "knn")]
+    expected = spearmanr(mine["own.separation"][:3], table["knn"].to_pylist()[:3]).statistic
+    assert matrix["matrix"][place[0]][place[1]] == pytest.approx(expected)
+    assert found.html.count("yours: separation") == 3  # the ranking, and row and column of the agreement
 
 
 def test_the_transport_plots_show_the_plans(whole: Page, made: Made) -> None:

@@ -74,23 +74,29 @@ def augment(images: torch.Tensor, spec: AugmentSpec, keys: torch.Tensor) -> torc
     keys = keys.to(images.device)
     changed = keys != _PLAIN
     views = images
+    # Each change has a stream of its own, so that switching one off leaves the others as they were.
+    down, right, mirror = _bits(keys, 3)
     if spec.shift:
         _, _, height, width = images.shape
-        # Each change has a stream of its own, so that switching one off leaves the others as they were.
-        down, right = (torch.where(changed, _below(keys, 2 * spec.shift + 1, stream), spec.shift) for stream in (1, 2))
+        down, right = (torch.where(changed, _below(bits, 2 * spec.shift + 1), spec.shift) for bits in (down, right))
         padded = functional.pad(images, (spec.shift,) * 4)
         # A view of all windows: (B, C, 2s+1, 2s+1, H, W). Indexing copies one of them an image, rows at a time.
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         views = windows[torch.arange(len(images), device=images.device), :, down, right]
     if spec.flip:
-        mirrored = changed & (_below(keys, 2, 3) == 1)
+        mirrored = changed & (_below(mirror, 2) == 1)
         views = torch.where(mirrored[:, None, None, None], views.flip(-1), views)
     return views
 
 
-def _below(keys: torch.Tensor, bound: int, stream: int) -> torch.Tensor:
-    """Return numbers in [0, bound), from the upper 31 bits: their bias is below bound / 2³¹."""
-    bits = (_mix(keys + stream) >> 33) & 0x7FFFFFFF
+def _bits(keys: torch.Tensor, streams: int) -> torch.Tensor:
+    """Return numbers (streams, B) in [0, 2³¹), all streams in one pass: on a CPU each call counts, not each number."""
+    numbers = torch.arange(1, streams + 1, device=keys.device)
+    return (_mix(keys + numbers[:, None]) >> 33) & 0x7FFFFFFF
+
+
+def _below(bits: torch.Tensor, bound: int) -> torch.Tensor:
+    """Return numbers in [0, bound) from 31 bits: their bias is below bound / 2³¹."""
     return (bits * bound) >> 31
 
 

@@ -230,7 +230,7 @@ class _Training:
             others = said.take(mix.partner[batch.labelled :] - batch.labelled) if said is not None else None
             other = Other(mix.share, labels[mix.partner], others)
         # So that dropout does not depend on what was drawn before: nothing but the step decides.
-        torch.manual_seed(seed_of(self.seed, 3, step, self.context.rank))
+        _seed(seed_of(self.seed, 3, step, self.context.rank), self.context.device)
         looks = learner.begin(step / self.total)
         self.optimiser.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
@@ -352,6 +352,17 @@ class _Training:
         self.progress = _Progress(**_copied(state["progress"]))
         device = self.context.device
         self.progress.sums = {name: value.to(device) for name, value in self.progress.sums.items()}
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what is drawn from in a step.
+
+    `torch.manual_seed` would format a stack trace for each kind of device that was never used: a millisecond a step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _pieces(labelled: int, taught: int, parts: int) -> Iterator[tuple[Tensor, slice]]:

@@ -26,6 +26,7 @@ Overrides = Annotated[
     typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that override the files.", show_default=False),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's and MLflow's logs, and tracebacks.")]
+_TYPES = {list[Path]: "<path>"}
 
 
 def execute(
@@ -97,7 +98,8 @@ def _stopped(by_term: bool) -> str:
 
 def main(command: Callable[..., Any] | typer.Typer) -> None:
     """Run a command; turn an error into one line and an exit code (2: bad input, 1: failure, 130: interrupted)."""
-    app = command if isinstance(command, typer.Typer) else _alone(command)
+    app = typer.main.get_command(command if isinstance(command, typer.Typer) else _alone(command))
+    _plain_types(app)
     try:
         app()
     except FacultyError as error:
@@ -113,6 +115,21 @@ def _alone(command: Callable[..., Any]) -> typer.Typer:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     return app
+
+
+def _plain_types(command: Any) -> None:
+    """Say in the help what an option takes in words: nothing where it is a switch, else the type of one value.
+
+    Typer would write ``--force <bool>``, which reads as if ``--force true`` were to be typed, and ``<list[Path]>``.
+    """
+    options = [*command.params, command.get_help_option(typer.Context(command))]
+    for option in options:
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+        elif getattr(option, "multiple", False) and option.metavar is None:
+            option.metavar = _TYPES.get(option.type_descriptor.annotation, "<text>")
+    for below in getattr(command, "commands", {}).values():
+        _plain_types(below)
 
 
 def _trace() -> None:

@@ -52,11 +52,18 @@ def list_(
 
 
 @zoo.command("check")
-def check(file: File, trust: Trusted = None, tracking_uri: TrackingUri = None, allow_pickle: Pickle = None) -> None:
+def check(
+    file: File,
+    trust: Trusted = None,
+    tracking_uri: TrackingUri = None,
+    allow_pickle: Pickle = None,
+    as_json: Annotated[bool, typer.Option("--json", help="What was found, for machines.")] = False,
+) -> None:
     """Load every teacher, run a probe batch and print what is wrong with each."""
     from pipeline.stages.zoo import Access, check_zoo
 
-    raise typer.Exit(check_zoo(file, Access(tuple(trust or ()), tracking_uri, tuple(allow_pickle or ()))))
+    access = Access(tuple(trust or ()), tracking_uri, tuple(allow_pickle or ()))
+    raise typer.Exit(check_zoo(file, access, as_json=as_json))
 
 
 @zoo.command("pack")

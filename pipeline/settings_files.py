@@ -34,8 +34,15 @@ def load_settings(files: Sequence[str | Path], overrides: Iterable[str] = ()) ->
     ConfigError
         Naming the file (or override), the path and the nearest valid key.
     """
+    overrides = list(overrides)
+    for text in overrides:
+        if "=" not in text and text.endswith((".yaml", ".yml")):
+            raise ConfigError(f"{text} is given as an override; a settings file is given with -c: -c {text}")
     if not files:
-        raise ConfigError("no settings: give a file with -c, for example -c conf/demo/run.yaml")
+        raise ConfigError(
+            "no settings: give a file with -c, for example -c conf/demo/run.yaml; `faculty init` writes one for your "
+            "images and teachers"
+        )
     merged: dict[str, Any] = {}
     origin: dict[tuple[str, ...], str] = {}
     for file in files:

@@ -24,6 +24,13 @@ class StrictModel(BaseModel):
 
 Model = TypeVar("Model")
 
+# What patterns of the settings ask for, by their first characters.
+_IN_WORDS = {
+    "^[A-Za-z0-9][A-Za-z0-9_.-]": "use letters, digits, _ . and -, the first a letter or a digit",
+    "^[0-9a-f]{64}$": "a SHA-256 has 64 characters, each 0 to 9 or a to f",
+    "^[A-Za-z_][\\w.]*:": "write module:callable",
+}
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads ``3e-4`` as a float and rejects duplicate keys."""
@@ -92,7 +99,10 @@ def load_yaml(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror or error})") from None
+        hint = (
+            "; check the path: it is relative to the folder you are in" if isinstance(error, FileNotFoundError) else ""
+        )
+        raise ConfigError(f"{path}: can't be read ({error.strerror or error}){hint}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
     return parse_yaml(text, where=str(path))
@@ -116,16 +126,41 @@ def validate(model: type[Model], data: Any, *, where: str | Callable[[Sequence[A
     try:
         return TypeAdapter(model).validate_python(data)
     except ValidationError as error:
-        items = error.errors(include_url=False)
+        items = _causes(model, error.errors(include_url=False))
         lines = [f"{where if isinstance(where, str) else where(i['loc'])}: {_explain(model, i)}" for i in items]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _explain(model: Any, item: Any) -> str:
-    location = list(item["loc"])
-    names, fields = [], None
+def _causes(model: Any, items: Sequence[Any]) -> list[Any]:
+    """Return the errors without those that follow from another one, which would send the reader astray.
+
+    A list whose items are not valid counts as one that is too short, and a key that is misspelt as one that is missing.
+    """
+    places = [tuple(item["loc"]) for item in items]
+    above = {place[:end] for place in places for end in range(len(place))}
+    meant = {
+        (*place[:-1], near)
+        for place, item in zip(places, items, strict=True)
+        if item["type"] == "extra_forbidden" and (near := _nearest_key(model, item)) is not None
+    }
+    return [
+        item
+        for place, item in zip(places, items, strict=True)
+        if not (item["type"] == "too_short" and place in above) and not (item["type"] == "missing" and place in meant)
+    ]
+
+
+def _nearest_key(model: Any, item: Any) -> str | None:
+    names, fields = _names_and_keys(model, item)
+    return next(iter(difflib.get_close_matches(names[-1], fields, n=1, cutoff=0.5)), None)
+
+
+def _names_and_keys(model: Any, item: Any) -> tuple[list[str], list[str]]:
+    """Return the keys that lead to an error, and those that are valid where the last of them stands."""
+    names: list[str] = []
+    fields: list[str] = []
     current: Any = model
-    for part in location:
+    for part in item["loc"]:
         options = _models_of(current)
         tagged = [option for option in options if part == _tag_of(option)]
         if tagged:  # the tag of a discriminated union is no key of the file
@@ -135,10 +170,15 @@ def _explain(model: Any, item: Any) -> str:
         known = {field.alias or key: field for option in options for key, field in option.model_fields.items()}
         fields = sorted(known)
         current = known[part].annotation if part in known else _item_type(current)
+    return names, fields
+
+
+def _explain(model: Any, item: Any) -> str:
+    names, fields = _names_and_keys(model, item)
     path = ".".join(names) or "(top level)"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(names[-1], fields or [], n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(fields or [])}"
+        key = _nearest_key(model, item)
+        hint = f"did you mean `{key}`?" if key is not None else f"valid keys: {', '.join(fields)}"
         return f"`{path}` is not a setting; {hint}"
     if item["type"] == "missing":
         return f"`{path}` is missing"
@@ -156,6 +196,12 @@ def _explain(model: Any, item: Any) -> str:
         )
         hint = f"did you mean `{near[0]}`?" if near else f"valid: {item['ctx']['expected']}"
         return f"`{path}` is {item['input']!r}; {hint}"
+    if item["type"] == "string_pattern_mismatch":
+        pattern = item["ctx"]["pattern"]
+        wanted = next(
+            (words for start, words in _IN_WORDS.items() if pattern.startswith(start)), f"must match {pattern}"
+        )
+        return f"`{path}` is {item['input']!r}; {wanted}"
     message = item["msg"].removeprefix("Value error, ")
     shown = repr(item["input"])
     if item["type"] == "value_error" or len(shown) > 60:

@@ -25,7 +25,7 @@ from pipeline.models.factories import (
     with_defaults,
 )
 from pipeline.models.files import file_sha256, missing
-from pipeline.models.program import Program
+from pipeline.models.program import Program, input_of
 from pipeline.models.spec import (
     TRUSTED_FACTORIES,
     ExportedModel,
@@ -108,6 +108,7 @@ def load_teacher(
         else:
             found = _net(spec, device, trusted_factories)
         net = found.net
+        _check_input(spec, net)
         classes = _classes(spec, found)
         features = spec.features
         if features is None and isinstance(net, Program):
@@ -151,6 +152,22 @@ def _check_file(spec: TeacherSpec) -> None:
             f"`sha256` does not fit {spec.path}, which has {file_sha256(spec.path)}; get the file again, or correct "
             "`sha256` if you trust what is there"
         )
+
+
+def _check_input(spec: TeacherSpec, net: nn.Module) -> None:
+    """Compare what a program takes with what its preprocessing makes of an image, where both are fixed."""
+    traced, wanted = input_of(net), spec.preprocessing
+    if traced is None or wanted is None or len(traced[0]) != 4:
+        return
+    _, channels, *sides = traced[0]
+    if channels not in (-1, wanted.channels):
+        raise Refused(f"its program takes images of {channels} channels; set `preprocessing.channels` to {channels}")
+    if wanted.size is None:
+        return
+    given = wanted.side((wanted.channels, 0, 0))
+    if any(side not in (-1, other) for side, other in zip(sides, given, strict=True)):
+        size = sides[0] if sides[0] == sides[1] else f"[{sides[0]}, {sides[1]}]"
+        raise Refused(f"its program takes images of {sides[0]} x {sides[1]} pixels; set `preprocessing.size` to {size}")
 
 
 def _net(spec: TeacherSpec, device: str | torch.device, trusted: tuple[str, ...]) -> _Found:

@@ -7,7 +7,7 @@ import hashlib
 import heapq
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +190,22 @@ def load_zoo(path: str | Path) -> Zoo:
     data = load_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold `teachers:` with a list, got {type(data).__name__}")
-    zoo = validate(ZooFile, data, where=str(path))
+    zoo = validate(ZooFile, data, where=_naming(str(path), data))
     folder = Path(path).absolute().parent
     return Zoo([absolute(spec, folder) for spec in zoo.teachers], where=str(path))
+
+
+def _naming(where: str, data: Mapping[str, Any]) -> Callable[[Sequence[Any]], str]:
+    """Return what an error names in a zoo file: the file, and the teacher that is meant, which a number tells badly."""
+
+    def place(location: Sequence[Any]) -> str:
+        try:
+            name = data[location[0]][location[1]]["name"]
+        except (LookupError, TypeError):
+            return where
+        return f"{where} (teacher {name!r})"
+
+    return place
 
 
 def _remote_zoo(uri: str) -> Zoo:
@@ -204,7 +217,7 @@ def _remote_zoo(uri: str) -> Zoo:
     data = parse_yaml(local_copy(uri).read_text(encoding="utf-8", errors="replace"), where=uri)
     if not isinstance(data, dict):
         raise ConfigError(f"{uri}: must hold `teachers:` with a list, got {type(data).__name__}")
-    zoo = validate(ZooFile, data, where=uri)
+    zoo = validate(ZooFile, data, where=_naming(uri, data))
     folder = address.rpartition("/")[0] + mark + options
 
     def move(path: str) -> str:

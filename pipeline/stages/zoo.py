@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
 
 from pipeline.errors import ConfigError, DataError, FacultyError, UserError
@@ -20,6 +23,7 @@ from pipeline.stages.tables import table
 if TYPE_CHECKING:
     from pipeline.data.spec import SourceSpec
     from pipeline.models.cards import Card, CardStore
+    from pipeline.models.check import TeacherCheck
     from pipeline.models.zoo import Zoo
 
 _SHOWN = 50
@@ -84,40 +88,56 @@ def _row(zoo: Zoo, name: str) -> dict[str, Any]:
         return {"name": name, "error": str(error)}
 
 
-def check_zoo(path: Path, access: Access | None = None, display: Display | None = None) -> int:
-    """Load every teacher and run a probe batch; return the exit code: 0 if all are well, 2 if one is not."""
-    from pipeline.models.check import check_teacher
+def check_zoo(
+    path: Path, access: Access | None = None, display: Display | None = None, *, as_json: bool = False
+) -> int:
+    """Load every teacher and run a probe batch; return the exit code: 0 if all are well, 2 if one is not.
+
+    `as_json`: what was found goes to standard output as JSON, the progress to standard error.
+    """
     from pipeline.models.zoo import load_zoo
 
-    display, zoo = display or Display(), load_zoo(path)
+    display = display or Display(Console(stderr=True, highlight=False) if as_json else None)
+    zoo = load_zoo(path)
     load_kwargs = _load_kwargs(access or Access(), zoo)
+    checks: list[TeacherCheck] = []
+    with display.bar("teachers", len(zoo)) as advance:
+        for name in zoo.names:
+            checks.append(_checked(zoo, name, load_kwargs))
+            advance(1, name)
+    if as_json:
+        print(json.dumps({"zoo": str(path), "teachers": [dataclasses.asdict(check) for check in checks]}, indent=2))
+    else:
+        _show_checks(checks, display)
+    return 0 if all(check.ok for check in checks) else 2
+
+
+def _checked(zoo: Zoo, name: str, load_kwargs: dict[str, Any]) -> TeacherCheck:
+    from pipeline.models.check import TeacherCheck, check_teacher
+
+    try:
+        return check_teacher(zoo[name], **load_kwargs)
+    except ConfigError as error:  # an entry of a catalogue is read only now
+        return TeacherCheck(name, False, str(error), None, None, None, 0.0, None)
+
+
+def _show_checks(checks: Sequence[TeacherCheck], display: Display) -> None:
     found = table("teacher", "ok", "classes", "params", "features", "MB", "s", "problem")
     for column in found.columns[2:7]:
         column.justify = "right"
-    broken = 0
-    with display.bar("teachers", len(zoo)) as advance:
-        for name in zoo.names:
-            try:
-                check = check_teacher(zoo[name], **load_kwargs)
-            except ConfigError as error:  # an entry of a catalogue is read only now
-                broken += 1
-                found.add_row(escape(name), "[red]no[/]", *"-----", escape(str(error)))
-            else:
-                broken += not check.ok
-                numbers = [
-                    _number(check.classes, "d"),
-                    _number(check.parameters, ",d"),
-                    _number(check.feature_dim, "d"),
-                    _number(check.megabytes, ".1f"),
-                    _number(check.seconds, ".2f"),
-                ]
-                found.add_row(
-                    escape(name), "[green]yes[/]" if check.ok else "[red]no[/]", *numbers, escape(check.error or "")
-                )
-            advance(1, name)
+    for check in checks:
+        found.add_row(
+            escape(check.name),
+            "[green]yes[/]" if check.ok else "[red]no[/]",
+            _number(check.classes, "d"),
+            _number(check.parameters, ",d"),
+            _number(check.feature_dim, "d"),
+            _number(check.megabytes, ".1f"),
+            _number(check.seconds, ".2f"),
+            escape(check.error or ""),
+        )
     display.table(found)
-    display.note(f"{len(zoo) - broken} of {len(zoo)} teachers can teach")
-    return 2 if broken else 0
+    display.note(f"{sum(check.ok for check in checks)} of {len(checks)} teachers can teach")
 
 
 def pack_zoo(path: Path, out: Path, *, force: bool = False, display: Display | None = None) -> None:

@@ -98,6 +98,13 @@ def look_at_images(folder: Path, unlabelled: str | None = None) -> Images:
         names = _subfolders(folder)
     if unlabelled is None:
         unlabelled = next((name for name in names if name.lower() in _UNLABELLED), None)
+    if not [name for name in names if name != unlabelled]:
+        held = (
+            f"images, but no folder for each class; if {folder.name!r} is one class, give"
+            if _holds_images(folder)
+            else "no folder for each class; give"
+        )
+        raise UserError(f"--images {folder}: it holds {held} the folder above the classes' folders")
     source = FolderImages(ImageFolderSource(path=str(folder), unlabelled=unlabelled))
     if len(source.classes) < 2:
         raise DataError(f"{folder}: has one class folder, {source.classes[0]!r}; a task needs two or more")
@@ -133,6 +140,10 @@ def _subfolders(folder: Path) -> list[str]:
         raise UserError(
             f"{folder}: can't be read ({error.strerror}); name the folder of images with --images"
         ) from None
+
+
+def _holds_images(folder: Path) -> bool:
+    return next(iter(image_files(folder)), None) is not None
 
 
 def _opened(files: Sequence[str], folder: Path) -> tuple[int, bool, tuple[str, ...]]:

@@ -37,6 +37,8 @@ class Draft:
         How many classes it has.
     preprocessing : dict or None
     sha256 : str
+    size_told : bool
+        Whether the file itself told the size of the images.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Draft:
     outputs: int | None
     preprocessing: dict[str, Any] | None
     sha256: str
+    size_told: bool = False
 
     @property
     def complete(self) -> bool:
@@ -121,12 +124,15 @@ def _draft(
 ) -> Draft:
     problem = missing(path)
     if problem:
-        raise UserError(f"--teachers {path} {problem.split(';')[0]}")
+        raise UserError(f"--teachers {path} {problem.split(';')[0]}; name a file of weights")
     side, channels = task
-    outputs, recognised, source = None, False, {}
-    preprocessing: dict[str, Any] | None = {"size": side, "channels": channels, "mean": [0.5], "std": [0.5]}
+    size_told = False
+    outputs: int | None
+    preprocessing: dict[str, Any] | None
     if path.suffix == ".pt2":
         source, recognised = {"type": "exported"}, True
+        plain = {"size": side, "channels": channels, "mean": [0.5], "std": [0.5]}
+        outputs, preprocessing, size_told = _from_program(path, plain)
     elif path.suffix in _WEIGHTS:
         source, outputs, recognised, preprocessing = _from_weights(path, architecture, task, ask)
     else:
@@ -136,7 +142,33 @@ def _draft(
         count = len(class_names(found)) if isinstance(found, str) else len(found)
         if count != outputs:
             raise UserError(f"--classes {name}=…: names {count} classes, the net of {path} has {outputs} outputs")
-    return Draft(name, path, source, recognised, found, outputs, preprocessing, file_sha256(path))
+    return Draft(name, path, source, recognised, found, outputs, preprocessing, file_sha256(path), size_told)
+
+
+def _from_program(path: Path, plain: dict[str, Any]) -> tuple[int | None, dict[str, Any] | None, bool]:
+    """Return the outputs of an exported program, its preprocessing, and whether the program tells the size."""
+    import torch
+
+    from pipeline.models.archive import load_program, output_widths
+    from pipeline.models.program import input_of
+
+    try:
+        program = load_program(path)
+    except OSError as error:
+        raise UserError(f"--teachers {path}: can't be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise UserError(f"--teachers {path}: {error}") from None
+    outputs = next(iter(output_widths(program)), None)
+    traced = input_of(program)
+    if traced is None or len(traced[0]) != 4:
+        return outputs, plain, False
+    (_, channels, *sides), dtype = traced
+    if dtype == torch.uint8:  # its preprocessing is inside
+        return outputs, None, True
+    told = dict(plain) if channels not in (1, 3) else plain | {"channels": channels}
+    if min(sides) < 1:
+        return outputs, told, False
+    return outputs, told | {"size": sides[0] if sides[0] == sides[1] else sides}, True
 
 
 def _from_weights(

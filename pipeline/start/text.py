@@ -75,11 +75,14 @@ def _teacher_lines(draft: Draft, folder: Path) -> list[str]:
 
 def _preprocessing_lines(draft: Draft) -> list[str]:
     if draft.preprocessing is None:
-        return ["  preprocessing: null"]
+        return [_line("  preprocessing: null", "the program takes images as they are stored")]
     told = draft.preprocessing
+    size = (
+        "told by the program" if draft.size_told else "CHECK: pixels, as it was trained; null: as the task stores them"
+    )
     return [
         "  preprocessing:",
-        _line(f"    size: {told['size']}", "CHECK: pixels, as it was trained; null: as the task stores them"),
+        _line(f"    size: {told['size']}", size),
         _line(f"    channels: {told['channels']}", "1: grey, 3: RGB"),
         _line(f"    mean: {scalar(told['mean'])}", "CHECK: of pixels in [0, 1], as it was trained"),
         _line(f"    std: {scalar(told['std'])}", "CHECK"),

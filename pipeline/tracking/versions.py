@@ -106,7 +106,10 @@ def open_registry(spec: TrackingSpec, run_dir: str | Path) -> Registry:
     if store.kind in ("none", "jsonl"):
         raise UserError("there is no model registry without MLflow: name one with --tracking-uri, or `tracking.uri`")
     if not exists(store):
-        raise UserError(f"there is no model registry {store.shown}; name another with --tracking-uri, or -c run.yaml")
+        raise UserError(
+            f"there is no model registry {store.shown} (yet: a run makes it that registers its student); name another with "
+            "--tracking-uri, or -c run.yaml"
+        )
     if store.kind == "server":
         check_server(store.uri, spec.timeout)
     prepare()

@@ -103,6 +103,11 @@ def test_a_mistyped_name_gets_a_suggestion(here: Callable, words: tuple[str, ...
     assert suggestion in told
 
 
+def test_a_settings_file_without_c_is_told(here: Callable, world: Path) -> None:
+    code, _, err = here("run", world / "run.yaml")
+    assert (code, err.strip().splitlines()[0].endswith(f"-c {world / 'run.yaml'}")) == (2, True)
+
+
 def test_bad_input_is_one_line_without_colours(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: x\ntsk: {}\n")
     result = faculty("run", "-c", tmp_path / "run.yaml")
@@ -139,6 +144,20 @@ def test_zoo_list_for_machines(here: Callable, world: Path) -> None:
     rows = json.loads(machines)["teachers"]
     assert [row["name"] for row in rows] == ["untrained", "blind"]
     assert rows[0]["source"]["type"] == "safetensors"
+
+
+def test_zoo_check_for_machines(here: Callable, world: Path) -> None:
+    code, out, err = here("zoo", "check", world / "zoo.yaml", "--json")
+    told = json.loads(out)  # nothing beside it on standard output; progress is on the other one
+    assert (code, [one["name"] for one in told["teachers"]]) == (0, ["untrained", "blind"])
+    assert all(one["ok"] and one["error"] is None and one["parameters"] > 0 for one in told["teachers"])
+    assert "teachers 2/2" in err
+
+
+def test_switches_take_no_value_in_the_help(here: Callable) -> None:
+    _, out, _ = here("run", "--help")
+    assert "--status" in out and "<bool>" not in out
+    assert re.search(r"--config +-c +<path>", out)
 
 
 def test_cache_for_machines(here: Callable, world: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.data.splits import assign
-from pipeline.errors import ConfigError, DataError, UserError
+from pipeline.errors import ConfigError, DataError, TeacherError, UserError
 from pipeline.models import nets
 from pipeline.models.sources import load_teacher
 from pipeline.models.zoo import load_zoo
@@ -257,6 +257,28 @@ def test_class_names_beside_the_weights_are_found_and_counted(birds: Path, tmp_p
         init(tmp_path, teachers=[known], classes=["pond_birds=duck,heron"], force=True)
 
 
+def test_a_program_tells_its_size_channels_and_outputs(birds: Path, tmp_path: Path) -> None:
+    net = nets.small_cnn(num_classes=3, in_channels=1, width=4).eval()
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(net, (torch.zeros(2, 1, 20, 24),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, tmp_path / "scan.pt2")
+    init(tmp_path, teachers=[tmp_path / "scan.pt2"])
+    spec = load_zoo(tmp_path / "zoo.yaml")["scan"]
+    assert spec.preprocessing is not None
+    assert (spec.preprocessing.size, spec.preprocessing.channels) == ((20, 24), 1)
+    assert load_teacher(spec)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).logits.shape == (2, 3)
+    with pytest.raises(UserError, match=r"names 2 classes, the net of .* has 3 outputs"):
+        init(tmp_path, teachers=[tmp_path / "scan.pt2"], classes=["crack,dent"], force=True)
+
+    for change, remedy in (
+        ({"size": 24}, r"takes images of 20 x 24 pixels; set `preprocessing.size` to \[20, 24\]"),
+        ({"channels": 3}, "takes images of 1 channels; set `preprocessing.channels` to 1"),
+    ):
+        other = spec.preprocessing.model_validate(spec.preprocessing.model_dump() | change)
+        with pytest.raises(TeacherError, match=remedy):
+            load_teacher(spec.model_copy(update={"preprocessing": other}))
+
+
 def test_an_architecture_of_one_s_own_is_trusted_because_its_user_named_it(birds: Path, tmp_path: Path) -> None:
     init(tmp_path, teachers=weights(tmp_path), architectures=["own=my_nets.flat:build"])
     settings = load_settings([tmp_path / "run.yaml"])
@@ -294,6 +316,14 @@ def test_what_can_t_be_done_is_one_line(birds: Path, tmp_path: Path, wanted: dic
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run.yaml").exists()
+
+
+def test_the_folder_of_one_class_is_not_taken_for_that_of_all(birds: Path, zoo: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="if 'jay' is one class, give the folder above"):
+        init(tmp_path, images=birds / "jay", zoo=zoo)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--images .*empty: it holds no folder for each class"):
+        init(tmp_path, images=tmp_path / "empty", zoo=zoo)
 
 
 def test_teachers_that_were_named_wrongly_are_told(birds: Path, tmp_path: Path) -> None:

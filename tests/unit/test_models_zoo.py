@@ -180,3 +180,21 @@ def test_a_file_that_changed_is_hashed_again(tmp_path: Path) -> None:
     assert first == file_sha256(path)
     path.write_bytes(b"four")
     assert file_sha256(path) != first
+
+
+def test_an_invalid_entry_is_told_once_and_by_name(tmp_path: Path) -> None:
+    misspelt = entry("shoes")
+    misspelt["preprocesing"] = misspelt.pop("preprocessing")
+    with pytest.raises(ConfigError) as caught:
+        load_zoo(write(tmp_path, misspelt))
+    told = "`teachers.0.preprocesing` is not a setting; did you mean `preprocessing`?"
+    assert str(caught.value) == f"{tmp_path / 'zoo.yaml'} (teacher 'shoes'): {told}"
+
+    with pytest.raises(ConfigError) as caught:
+        load_zoo(write(tmp_path, entry("fine"), entry("two words")))
+    assert "is 'two words'; use letters, digits, _ . and -" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+    (tmp_path / "zoo.yaml").write_text("teachers: []")
+    with pytest.raises(ConfigError, match="at least 1"):
+        load_zoo(tmp_path / "zoo.yaml")

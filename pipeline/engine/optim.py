@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection
 from typing import Any
@@ -28,8 +29,21 @@ def build_optimiser(
         "fused": all(one.device.type in _FUSED and one.is_floating_point() for one in parameters),
     }
     if spec.name == "sgd":
-        return torch.optim.SGD(groups, momentum=spec.momentum, nesterov=spec.momentum > 0, **common)
-    return torch.optim.AdamW(groups, **common)
+        return _Sgd(groups, momentum=spec.momentum, nesterov=spec.momentum > 0, **common)
+    return _AdamW(groups, **common)
+
+
+def _plain(kind: type[torch.optim.Optimizer]) -> type[Any]:
+    """Return an optimiser without what torch wraps its methods in for the compiler: only the student is compiled.
+
+    Those wrappers import the compiler at their first call, which takes a process a second or two before its first step.
+    """
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in _WRAPPED}
+    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+_WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+_Sgd, _AdamW = _plain(torch.optim.SGD), _plain(torch.optim.AdamW)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, spec: OptimSpec, step: int, total: int) -> float:

@@ -25,6 +25,8 @@ from benchmarks.training.turns import in_turn
 from benchmarks.training.world import BATCH, WORLDS, Run, Task
 
 CACHED, LIVE, REPLAYED, HELD = (1, 4, 8), (1, 4), (1, 8), (0, 1, 8)
+# Their goals lie a few hundredths from the bare loop: more rounds, of these alone, and longer measurements.
+CLOSE, CLOSER_ROUNDS, CLOSER_STEPS = ("bare", "alone", "average 8", "default 8"), 3, 2
 MEMORY = 15_360  # images of the epoch whose memory is measured: 20 MB of outputs a teacher
 
 
@@ -68,6 +70,18 @@ def worker_counts() -> tuple[int, ...]:
     return tuple(sorted({0, (cores + 1) // 2, cores}))
 
 
+def close_trainings(task: Task, device: torch.device) -> dict[str, Run]:
+    """Return the trainings that are compared closely with the bare loop."""
+    ours = Ours(task, device)
+    own = {"alone": ours.alone()} | {name: ours.cached(*_kind(name)) for name in CLOSE[2:]}
+    return {"bare": Bare(task, device).train()} | own
+
+
+def _kind(name: str) -> tuple[str, int]:
+    recipe, _, count = name.partition(" ")
+    return recipe, int(count)
+
+
 def trainings(task: Task, device: torch.device, bare: Bare, peer: peers.Peer | None) -> dict[str, Run]:
     """Return every training of a task, by the name that `report` knows it by."""
     ours = Ours(task, device)
@@ -107,15 +121,17 @@ def measure(name: str, options: argparse.Namespace, folder: Path, workers: tuple
 
     with quiet():
         times = in_turn(trainings(task, device, bare, peer), options.rounds, device, say)
+        longer = Task(world, CLOSER_STEPS * task.steps, folder / "longer")
+        longer.write()
+        close = in_turn(close_trainings(longer, device), CLOSER_ROUNDS * options.rounds, device, say)
         cache = Cache(task, device)
         filling = {"fill": cache.fill(), "forward": bare.forward(world.teacher_net(0), cache.rows, BLOCK)}
         filled = in_turn(filling, options.rounds, device, say)
     # One task tells: what is held does not depend on the net.
     steps = max(1, options.images // BATCH)
     held = peaks(Task(world, steps, folder / "memory"), HELD, device) if name == "small" else {}
-    return Found(
-        world, task.steps, times, filled, cache.rows, cache.sizes(), held, None if peer is None else peer.chosen
-    )
+    workers = None if peer is None else peer.chosen
+    return Found(world, task.steps, times, longer.steps, close, filled, cache.rows, cache.sizes(), held, workers)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up all they need; only python3, make and a package index are assumed.
-.PHONY: setup demo test test-slow lint format lock reference clean bench-demo bench-transport bench-ranking bench-ranking-build bench-assess bench-distill bench-training bench-scaling bench-plan bench-scale docs
+.PHONY: setup demo test test-slow lint format lock reference clean bench-demo bench-transport bench-ranking bench-ranking-build bench-assess bench-distill bench-training bench-scaling bench-plan bench-scale bench-eta docs
 .DELETE_ON_ERROR:
 
 UV_VERSION := 0.13.8
@@ -17,7 +17,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; name another with make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@echo "installing the locked packages into .venv (about 5 GB, once)"
+	@echo "installing the locked packages into .venv (about 6 GB, once)"
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
@@ -102,6 +102,10 @@ clean:
 # Plans the demo and runs it: the ratio of planned to actual time and memory of each stage.
 bench-plan: $(STAMP)
 	@$(BIN)/python -m benchmarks.plan
+
+# Runs the demo twice: how far off the time left was that its progress bars told.
+bench-eta: $(STAMP)
+	@$(BIN)/python -m benchmarks.eta $(ARGS)
 
 # The simulation behind docs/scale.md.
 bench-scale: $(STAMP)

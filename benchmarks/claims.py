@@ -132,6 +132,8 @@ CLAIMS = (
           "of two side by side", times),
     Claim("scaling", "work of the busiest of four simulated nodes", "an even share", "nodes|busiest", times, "busiest",
           main=False),
+    Claim("eta", "time left on a progress bar, how far off from its first tenth on", "the time that it took",
+          "time left", share, main=False),
     Claim("plan", "planned seconds, how far off", "what it took", "seconds: how far", share),
     Claim("plan", "planned memory, how far off", "what it took", "memory.*how far", share),
 )  # fmt: skip

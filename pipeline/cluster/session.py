@@ -125,6 +125,11 @@ def calm(verbose: bool) -> Iterator[None]:
         yield
 
 
+def beside(resources: dict[str, float], count: int, most: int | None = None) -> int:
+    """Return how many of `count` calls with these resources run side by side now, `most` at most; at least 1."""
+    return max(min(slots(resources), count, most or count), 1)
+
+
 def slots(resources: dict[str, float]) -> int:
     """Return how many times `resources` fit on the cluster's nodes as they are now.
 

@@ -31,12 +31,16 @@ def import_factory(reference: str, trusted: Iterable[str] | None) -> Callable[..
     if trusted is not None and not _trusted(module_name, trusted):
         raise Refused(
             f"factory {reference!r} is code from a module that is not trusted; if you trust it, add "
-            f"{module_name.split('.')[0] + '.'!r} to `zoo.trusted_factories`"
+            f"{module_name.split('.')[0] + '.'!r} to `zoo.trusted_factories`, or to --trust of `faculty zoo`"
         )
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise Refused(f"factory {reference!r}: module {module_name!r} can't be imported ({one_line(error)})") from None
+        absent = isinstance(error, ModuleNotFoundError) and error.name == module_name.split(".")[0]
+        remedy = "; install it, or put its folder on PYTHONPATH" if absent else ""
+        raise Refused(
+            f"factory {reference!r}: module {module_name!r} can't be imported ({one_line(error)}){remedy}"
+        ) from None
     factory = getattr(module, attribute, None)
     if factory is None:
         public = [name for name in vars(module) if not name.startswith("_") and callable(vars(module)[name])]

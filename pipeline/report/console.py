@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+from pipeline.report.pace import Pace, shown_rate, shown_time
 
 Advance = Callable[..., None]
 _PIPED_WIDTH = 120  # a file or a log has no width of its own
@@ -50,27 +54,46 @@ class Display:
         self.console.print(f"[bold]{name}[/bold] [dim]unchanged since {finished}[/dim]")
 
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Advance]:
-        """Show progress; yields ``advance(done=1, note="")``.
+    def bar(
+        self, title: str, total: int, unit: str = "", *, work: float | None = None, at_once: int = 1
+    ) -> Iterator[Advance]:
+        """Show progress, its rate, and the time that is left.
 
+        Yields ``advance(done=1, note="", work=None, took=None)``: `done` steps, which were `work`, took `took` seconds.
         Away from a terminal a line is printed at the first and last step and at most every ten seconds between.
+
+        Parameters
+        ----------
+        title : str
+            What the steps are.
+        total : int
+            Steps.
+        unit : str
+            What the rate counts, in the plural; by default the title, for steps.
+        work : float, optional
+            All work, where steps differ in it, in `unit`; by default every step is as much as another.
+        at_once : int
+            How many steps are done side by side.
         """
+        pace = Pace(total if work is None else work, at_once)
+        unit = unit or title
         if not self.console.is_terminal:
-            yield _Lines(self.console, title, total)
+            yield _Lines(self.console, title, total, unit, pace)
             return
         columns = (
             TextColumn("  {task.description}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}[/dim]"),
+            _Left(pace, unit),
+            TextColumn(" [dim]{task.fields[note]}[/dim]"),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(title, total=total, note="")
 
-            def advance(done: int = 1, note: str = "") -> None:
-                progress.update(task, advance=done, note=note)
+            def advance(done: int = 1, note: str = "", work: float | None = None, took: float | None = None) -> None:
+                pace.advance(done if work is None else work, took)
+                progress.update(task, advance=done, note=escape(note))
 
             yield advance
 
@@ -87,17 +110,40 @@ class Display:
         self.console.print(f"  [yellow]{text}[/yellow]", soft_wrap=True)
 
 
+class _Left(ProgressColumn):
+    """The time that is left, and the rate."""
+
+    def __init__(self, pace: Pace, unit: str) -> None:
+        super().__init__()
+        self._pace, self._unit = pace, unit
+
+    def render(self, task: Task) -> Text:
+        """Return both; nothing before the first step, when nobody can know."""
+        return Text(_pace_told(self._pace, self._unit, task.finished), style="cyan")
+
+
+def _pace_told(pace: Pace, unit: str, finished: bool) -> str:
+    rate, eta = pace.rate, pace.eta
+    told = [] if rate is None else [shown_rate(rate, unit)]
+    if eta is not None and not finished:
+        told.append(f"ETA {shown_time(eta)}")
+    return "  ".join(told)
+
+
 class _Lines:
     """Progress for logs: few lines instead of a moving bar."""
 
-    def __init__(self, console: Console, title: str, total: int) -> None:
+    def __init__(self, console: Console, title: str, total: int, unit: str, pace: Pace) -> None:
         self._console, self._title, self._total = console, title, total
+        self._unit, self._pace = unit, pace
         self._done, self._printed = 0, -float("inf")
 
-    def __call__(self, done: int = 1, note: str = "") -> None:
+    def __call__(self, done: int = 1, note: str = "", work: float | None = None, took: float | None = None) -> None:
         self._done += done
+        self._pace.advance(done if work is None else work, took)
         now = time.monotonic()
         if self._done >= self._total or now - self._printed > 10:
             self._printed = now
-            ending = f"  {note}" if note else ""
-            self._console.print(f"  {self._title} {self._done}/{self._total}{ending}", soft_wrap=True, markup=False)
+            pace = _pace_told(self._pace, self._unit, self._done >= self._total)
+            told = "  ".join(part for part in (f"{self._title} {self._done}/{self._total}", pace, note) if part)
+            self._console.print(f"  {told}", soft_wrap=True, markup=False)

@@ -237,13 +237,18 @@ def _fit(run: Run, subtasks: Sequence[SubTask], missing: dict[str, Arm], loop: L
     run.files.push()
     done = dict.fromkeys((job.name for job in jobs), 0)
     trained = dict(zip(done, missing.values(), strict=True))
-    with run.display.bar("components", len(jobs) * loop.epochs) as advance:
+    images = {job: training.images_of(run, arm, loop) for job, arm in trained.items()}
+    with run.display.bar(
+        "components", len(jobs) * loop.epochs, "images", work=float(sum(images.values()) * loop.epochs)
+    ) as advance:
 
         def on_report(job: str, metrics: dict[str, Any]) -> None:
             if "epoch" not in metrics:  # of a checkpoint within an epoch
                 return
             epoch, title = int(metrics["epoch"]), job.rpartition("-")[0]
-            advance(max(epoch - done[job], 0), f"{title}, loss {metrics['loss']:.3f}")
+            for step in range(done[job], epoch):
+                took = metrics.get("seconds") if step == epoch - 1 else 0.0
+                advance(1, f"{title}, loss {metrics['loss']:.3f}", images[job], took)
             done[job] = max(done[job], epoch)
             runs.report(trained[job], metrics)
 

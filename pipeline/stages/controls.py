@@ -109,7 +109,7 @@ def _ensemble(run: Run) -> Control:
         raise ConfigError("it needs teachers and a single task")
     settings, split = run.settings.amalgamate, table_of(run).split("test")
     total = torch.zeros(len(split), len(table_of(run).classes))
-    with run.display.bar("ensemble", len(names)) as advance:
+    with run.display.bar("ensemble", len(names), "teachers") as advance:
         for name in names:
             folder = run.part("controls", f"ensemble-{name}", {"assessed": teacher_folder(run, name).name})
             job, bridge = TeacherJob.of(run, name, folder, settings.resources), load_bridge(teacher_folder(run, name))

@@ -135,7 +135,7 @@ def look_after(
     dropped = 0
     if verify:
         keys = store.keys()
-        with display.bar("cache", len(keys)) as advance:
+        with display.bar("cache", len(keys), "entries") as advance:
             for key in keys:
                 dropped += len(store.entry(key).verify())
                 advance(1)

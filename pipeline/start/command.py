@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -195,10 +196,11 @@ def _closing(out: Path, zoo: Path, drafts: Sequence[Draft], display: Display) ->
     from pipeline.models.zoo import load_zoo
 
     display.note(escape(f"settings    {out}"))
+    check = " ".join([f"faculty zoo check {shlex.quote(str(zoo))}", *(f"--trust {name}" for name in _trusted(drafts))])
     unfinished = [draft.name for draft in drafts if not draft.complete]
     if unfinished:
         display.warn(escape(f"teachers    {zoo}: replace FILL_IN for {', '.join(unfinished)}, and look at each CHECK"))
-        display.note(escape(f"then        faculty zoo check {zoo}"))
+        display.note(escape(f"then        {check}"))
         return 0
     try:
         found = load_zoo(zoo)
@@ -208,7 +210,8 @@ def _closing(out: Path, zoo: Path, drafts: Sequence[Draft], display: Display) ->
     display.note(escape(f"teachers    {zoo}: {len(found)}" + (", look at each CHECK in it" if drafts else "")))
     if absent:
         display.warn(escape(f"{zoo}: the weights of {', '.join(absent[:5])}{' …' * (len(absent) > 5)} are not there"))
-    display.note(escape(f"next        faculty zoo check {zoo}"))
-    display.note(escape(f"            faculty plan -c {out}"))
-    display.note(escape(f"            faculty run -c {out}"))
+    settings = shlex.quote(str(out))
+    display.note(escape(f"next        {check}"))
+    display.note(escape(f"            faculty plan -c {settings}"))
+    display.note(escape(f"            faculty run -c {settings}"))
     return 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pipeline.data.spec import SplitSpec
 from pipeline.errors import DataError
 
 _LEAST = {"train_labelled": 1, "probe": 1, "validation": 1, "test": 1}
+_STEPS = 600  # that a small net needs to learn anything
 
 
 def propose_splits(counts: dict[str, int], *, test_apart: bool = False, labels: int | None = None) -> SplitSpec:
@@ -72,6 +74,22 @@ def batch_sizes(splits: SplitSpec, classes: int, total: int) -> tuple[int, int]:
     labelled = splits.train_labelled * classes
     held = (splits.probe + splits.validation + (splits.test or 0)) * classes
     return _power(max(1, total - held), 128), _power(max(1, labelled), 64)
+
+
+def epochs_for(splits: SplitSpec, classes: int, total: int) -> int:
+    """Choose how many passes a training makes: 20, or as many as make 600 steps where images are few; at most 200.
+
+    Parameters
+    ----------
+    splits : SplitSpec
+    classes : int
+    total : int
+        Images for all splits together.
+    """
+    held = (splits.probe + splits.validation + (splits.test or 0)) * classes
+    taught = max(1, total - held)
+    steps = math.ceil(taught / batch_sizes(splits, classes, total)[0])
+    return _between(math.ceil(_STEPS / steps), 20, 200)
 
 
 def _between(value: int, least: int, most: int) -> int:

@@ -141,7 +141,10 @@ def _draft(
     if outputs is not None and found is not None:
         count = len(class_names(found)) if isinstance(found, str) else len(found)
         if count != outputs:
-            raise UserError(f"--classes {name}=…: names {count} classes, the net of {path} has {outputs} outputs")
+            where = f"--classes {name}=…" if classes is not None else str(_beside(path))
+            raise UserError(
+                f"{where}: names {count} classes, the net of {path} has {outputs} outputs; correct the list"
+            )
     return Draft(name, path, source, recognised, found, outputs, preprocessing, file_sha256(path), size_told)
 
 
@@ -208,13 +211,17 @@ def _from_weights(
     return {"type": kind, "factory": architecture}, outputs, False, plain
 
 
+def _beside(path: Path) -> Path:
+    """Return the file of class names beside a weight file."""
+    return path.with_name(f"{path.name.removesuffix(path.suffix)}.classes.txt")
+
+
 def _classes(
     name: str, path: Path, given: str | None, outputs: int | None, ask: Ask | None
 ) -> tuple[str, ...] | str | None:
     """Return the class names: as given, from a file beside the weights, a list of the package, or asked for."""
-    beside = path.with_name(f"{path.name.removesuffix(path.suffix)}.classes.txt")
-    if given is None and beside.is_file():
-        given = str(beside)
+    if given is None and _beside(path).is_file():
+        given = str(_beside(path))
     if given is None and outputs == 1000:
         return "imagenet-1k"
     if given is None and ask is not None:

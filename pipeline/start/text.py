@@ -13,7 +13,7 @@ import yaml
 from pipeline.data.spec import SplitSpec
 from pipeline.models.spec import TRUSTED_FACTORIES
 from pipeline.start.images import Images
-from pipeline.start.splits import batch_sizes, shown_counts
+from pipeline.start.splits import batch_sizes, epochs_for, shown_counts
 from pipeline.start.teachers import FILL_IN, Draft
 
 SCHEMA = "run.schema.json"
@@ -199,6 +199,7 @@ def _split_lines(splits: SplitSpec, images: Images) -> list[str]:
 
 def _training_lines(images: Images, splits: SplitSpec, gpus: int, name: str) -> list[str]:
     taught, labelled = batch_sizes(splits, len(images.counts), images.total)
+    epochs = epochs_for(splits, len(images.counts), images.total)
     student = "small_cnn" if images.stored_side <= 64 else "torchvision:resnet18"
     workers = 1 << (min(gpus, 4, taught, labelled).bit_length() - 1) if gpus else 1
     lines = [
@@ -206,7 +207,7 @@ def _training_lines(images: Images, splits: SplitSpec, gpus: int, name: str) -> 
         "  student:",
         _line(f"    name: {student}", "also: resnet8, resnet20, mlp, torchvision:NAME, your_module:callable"),
         "  loop:",
-        _line("    epochs: 20", "passes over the images that teachers teach"),
+        _line(f"    epochs: {epochs}", "passes over the images that teachers teach"),
         _line(f"    batch_size: {taught}", "images that teachers teach in a step"),
         _line(f"    labelled_batch: {labelled}", "labelled images in a step"),
         "  augment:",

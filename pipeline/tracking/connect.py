@@ -91,6 +91,10 @@ def find_store(spec: TrackingSpec, run_dir: str | Path) -> Store:
         return _sqlite(Path(path), mark + query, spec.artifacts)
     if _DATABASE.match(uri):
         return Store("database", uri, _artifact_uri(spec.artifacts))
+    if re.match(r"[\w.-]+:\d+(/|$)", uri):
+        raise ConfigError(
+            f"`tracking.uri` (or MLFLOW_TRACKING_URI) is {uri!r}; a server's begins with http:// or https://"
+        )
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith(("databricks", "uc"))):
         raise ConfigError(
             f"`tracking.uri` (or MLFLOW_TRACKING_URI) is {uri!r}, a folder, which MLflow no longer writes to; "

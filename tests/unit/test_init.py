@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from pipeline.report.console import Display
 from pipeline.settings_files import load_settings
 from pipeline.start.command import Wanted, initialise
 from pipeline.start.images import look_at_images
-from pipeline.start.splits import batch_sizes, propose_splits
+from pipeline.start.splits import batch_sizes, epochs_for, propose_splits
 from pipeline.start.teachers import FILL_IN
 from pipeline.start.weights import recognise
 from tests.tiny import make_zoo
@@ -170,6 +171,16 @@ def test_the_splits_can_be_met(smallest: int, apart: bool) -> None:
     assert 1 <= taught <= len(labels)
 
 
+@pytest.mark.parametrize("images", [20, 700, 3_100, 100_000])
+def test_a_student_of_few_images_gets_steps_enough_to_learn(images: int) -> None:
+    splits = propose_splits({"a": images, "b": images})
+    taught = 2 * (images - splits.probe - splits.validation - (splits.test or 0))
+    epochs, steps = epochs_for(splits, 2, 2 * images), math.ceil(taught / batch_sizes(splits, 2, 2 * images)[0])
+    assert 20 <= epochs <= 200
+    assert epochs * steps >= 600 or epochs == 200
+    assert epochs == 20 or (epochs - 1) * steps < 600
+
+
 def test_few_labels_can_be_asked_for() -> None:
     assert propose_splits({"a": 100, "b": 100}, labels=5).train_labelled == 5
     with pytest.raises(DataError, match="give 1 to 60"):
@@ -255,6 +266,9 @@ def test_class_names_beside_the_weights_are_found_and_counted(birds: Path, tmp_p
     assert load_zoo(tmp_path / "zoo.yaml")["pond_birds"].classes == ("duck", "heron", "coot")
     with pytest.raises(UserError, match=r"names 2 classes, the net of .* has 3 outputs"):
         init(tmp_path, teachers=[known], classes=["pond_birds=duck,heron"], force=True)
+    known.with_name("pond birds.classes.txt").write_text("duck\nheron\n")
+    with pytest.raises(UserError, match=r"^[^-].*pond birds\.classes\.txt: names 2 classes"):
+        init(tmp_path, teachers=[known], force=True)
 
 
 def test_a_program_tells_its_size_channels_and_outputs(birds: Path, tmp_path: Path) -> None:
@@ -280,7 +294,8 @@ def test_a_program_tells_its_size_channels_and_outputs(birds: Path, tmp_path: Pa
 
 
 def test_an_architecture_of_one_s_own_is_trusted_because_its_user_named_it(birds: Path, tmp_path: Path) -> None:
-    init(tmp_path, teachers=weights(tmp_path), architectures=["own=my_nets.flat:build"])
+    _, told = init(tmp_path, teachers=weights(tmp_path), architectures=["own=my_nets.flat:build"])
+    assert "zoo.yaml --trust my_nets.\n" in told
     settings = load_settings([tmp_path / "run.yaml"])
     assert settings.zoo.trusted_factories[-1] == "my_nets."
     assert load_zoo(tmp_path / "zoo.yaml")["own"].source.factory == "my_nets.flat:build"

@@ -163,6 +163,7 @@ def test_files_without_a_state_dict_are_told(tmp_path: Path, content: object, me
         ({"features": "clasifier"}, "nearest: classifier"),
         ({"factory": "pipeline.models.nets:small_cn"}, "has no 'small_cn'; nearest: small_cnn"),
         ({"factory": "pipeline.models.net:small_cnn"}, "can't be imported"),
+        ({"factory": "pipeline_of_none:net"}, "or to --trust of `faculty zoo`"),
         ({"factory": "pipeline.models.nets:torch"}, "no function or class"),
         ({"factory": "pipeline.models.spec:Factory"}, "no function or class"),
         (

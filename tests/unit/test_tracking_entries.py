@@ -130,6 +130,7 @@ def test_a_relative_database_becomes_absolute_with_its_artefacts_beside_it(tmp_p
     ("uri", "run_dir", "part"),
     [
         ("./mlruns", "runs/a", "a folder, which MLflow no longer writes to"),
+        ("127.0.0.1:5000", "runs/a", "a server's begins with http://"),
         ("file:///x/mlruns", "runs/a", "use sqlite:////x/mlruns/mlflow.db"),
         ("sqlite://", "runs/a", "in memory"),
         ("sqlite:///:memory:", "runs/a", "in memory"),

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.report.console import Display
+from pipeline.face.notebook import WIDTH, in_notebook, notebook_bar, notebook_console, notebook_working
+from pipeline.report.console import Advance, Display
+from pipeline.report.pace import Pace
 
 
 class CallDisplay(Display):
@@ -23,8 +25,34 @@ class CallDisplay(Display):
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        super().__init__(Console(highlight=False, quiet=quiet))
+        self._notebook = in_notebook() and not quiet
+        super().__init__(notebook_console(quiet) if self._notebook else Console(highlight=False, quiet=quiet))
+        if self._notebook:
+            self.console.width = WIDTH
         self._former = False
+
+    @property
+    def moving(self) -> bool:
+        """Whether a bar moves, so that a note may come before the first step."""
+        return self._notebook or super().moving
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Show that something without countable steps is going on."""
+        with notebook_working(what) if self._notebook else super().working(what):
+            yield
+
+    @contextlib.contextmanager
+    def bar(
+        self, title: str, total: int, unit: str = "", *, work: float | None = None, at_once: int = 1
+    ) -> Iterator[Advance]:
+        """Show progress, its rate, and the time that is left."""
+        if not self._notebook:
+            with super().bar(title, total, unit, work=work, at_once=at_once) as advance:
+                yield advance
+            return
+        with notebook_bar(title, total, unit or title, Pace(total if work is None else work, at_once)) as advance:
+            yield advance
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -32,6 +32,11 @@ class Display:
         if not self.console.is_terminal:
             self.console.width = max(self.console.width, _PIPED_WIDTH)
 
+    @property
+    def moving(self) -> bool:
+        """Whether a bar moves, so that a note may come before the first step."""
+        return self.console.is_terminal
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage, and the time it took once it is over."""
@@ -119,10 +124,11 @@ class _Left(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Return both; nothing before the first step, when nobody can know."""
-        return Text(_pace_told(self._pace, self._unit, task.finished), style="cyan")
+        return Text(pace_told(self._pace, self._unit, task.finished), style="cyan")
 
 
-def _pace_told(pace: Pace, unit: str, finished: bool) -> str:
+def pace_told(pace: Pace, unit: str, finished: bool) -> str:
+    """Return rate and time left in a few words; "" before the first step, when nobody can know."""
     rate, eta = pace.rate, pace.eta
     told = [] if rate is None else [shown_rate(rate, unit)]
     if eta is not None and not finished:
@@ -144,6 +150,6 @@ class _Lines:
         now = time.monotonic()
         if self._done >= self._total or now - self._printed > 10:
             self._printed = now
-            pace = _pace_told(self._pace, self._unit, self._done >= self._total)
+            pace = pace_told(self._pace, self._unit, self._done >= self._total)
             told = "  ".join(part for part in (f"{self._title} {self._done}/{self._total}", pace, note) if part)
             self._console.print(f"  {told}", soft_wrap=True, markup=False)

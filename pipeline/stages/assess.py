@@ -161,6 +161,7 @@ class Assess:
         complete: Callable[[dict[str, Any]], None],
     ) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """Return the rows, and the teachers that failed for another reason than themselves (memory, a lost process)."""
+        from pipeline.cluster.session import beside
         from pipeline.cluster.trials import TrialItem, run_trials
 
         settings = run.settings.assess
@@ -183,7 +184,9 @@ class Assess:
         with run.display.working("reading the probe"):
             probe = build_probe(run, rungs=settings.search.rungs if climbing else (1.0,))
         run.open_cluster()
-        with run.display.bar("teachers", len(names)) as advance:
+        resources = {"CPU": settings.resources.cpus, "GPU": settings.resources.gpus}
+        at_once = beside(resources, len(names), settings.resources.max_concurrent)
+        with run.display.bar("teachers", len(names), at_once=at_once) as advance:
 
             def keep(name: str, result: dict[str, Any]) -> None:
                 row = _row(run, name, result | {"rung": None if "error" in result else result.get("rung", 0) + 1})
@@ -201,12 +204,12 @@ class Assess:
                 rows[name] = row
                 if has_labels(run):  # without, how far it agrees with the others is still to come
                     _track(runs, row)
-                advance(1, name)
+                advance(1, name, took=result.get("seconds"))
 
             run_trials(
                 assess_rung,
                 items,
-                resources={"CPU": settings.resources.cpus, "GPU": settings.resources.gpus},
+                resources=resources,
                 max_concurrent=settings.resources.max_concurrent,
                 max_failures=settings.resources.max_failures,
                 storage=run.files.storage,

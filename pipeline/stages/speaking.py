@@ -132,6 +132,7 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
     if not missing:
         return
     from pipeline.cluster.blocks import Group, map_blocks
+    from pipeline.cluster.session import beside
     from pipeline.cluster.tasks import map_tasks
     from pipeline.engine.arms import TAUGHT
 
@@ -152,11 +153,15 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
     }
     run.open_cluster()
     run.files.push()
-    with run.display.bar("faculty", todo) as advance:
+    left = sum(stop - start for group in groups for start, stop in group.ranges()) - sum(
+        stop - start for _, start, stop in done
+    )
+    at_once = beside(limits["resources"], todo, limits["max_concurrent"])
+    with run.display.bar("faculty", todo, "images", work=left, at_once=at_once) as advance:
         if todo > _FEW:
 
             def on_result(block: Block) -> None:
-                advance(1, block.name)
+                advance(1, block.name, block.stop - block.start, (block.row or {}).get("seconds"))
 
             blocks = map_blocks(make_speaker, groups, done=done, on_result=on_result, verbose=run.verbose, **limits)
             results = [(block.name, block.row, block.error) for block in blocks]
@@ -167,12 +172,12 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
                 for start, stop in group.ranges()
                 if (group.name, start, stop) not in done
             ]
-            answers = map_tasks(
-                speak_block,
-                items,
-                on_result=lambda index, value, error: advance(1, items[index][0]),
-                **limits,
-            )
+
+            def on_task(index: int, row: dict[str, Any] | None, error: str | None) -> None:
+                name, _, start, stop = items[index]
+                advance(1, name, stop - start, None if row is None else row.get("seconds"))
+
+            answers = map_tasks(speak_block, items, on_result=on_task, **limits)
             results = [(item[0], row, error) for item, (row, error) in zip(items, answers, strict=True)]
     for name, _, error in results:
         if error is not None:

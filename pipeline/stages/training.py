@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from pipeline.stages.heads import heads_of, student_classes
 from pipeline.stages.ingest import table_path
 from pipeline.stages.own import code_of
 from pipeline.stages.recording_trainings import TrainingRuns, title_of
-from pipeline.stages.teachers import TeacherJob
+from pipeline.stages.teachers import TeacherJob, table_of
 
 if TYPE_CHECKING:
     import torch
@@ -200,17 +201,22 @@ def _fit(
     if workers.num_workers:
         run.open_cluster()
     run.files.push()
-    with run.display.bar(title, len(missing) * settings.loop.epochs) as advance:
-        if run.display.console.is_terminal and workers.num_workers:
+    images = [images_of(run, item) for item in missing]
+    epochs = settings.loop.epochs
+    with run.display.bar(title, len(missing) * epochs, "images", work=float(sum(images) * epochs)) as advance:
+        if run.display.moving and workers.num_workers:
             advance(0, f"starting {workers.counts[-1]} workers")
 
         def on_report(metrics: dict[str, Any]) -> None:
             if "epoch" not in metrics:  # of a checkpoint within an epoch
                 return
             number, epoch = int(metrics["arm"]), int(metrics["epoch"])
-            done = number * settings.loop.epochs + epoch
-            # After a restart some epochs are reported again: the bar only moves forward.
-            advance(max(done - seen["done"], 0), f"{title_of(missing[number])}, loss {metrics['loss']:.3f}")
+            told = f"{title_of(missing[number])}, loss {metrics['loss']:.3f}"
+            # After a restart some epochs are reported again: the bar only moves forward. Those that were there already
+            # tell nothing of how long the others take.
+            done = number * epochs + epoch
+            for step in range(seen["done"], done):
+                advance(1, told, images[step // epochs], metrics.get("seconds") if step == done - 1 else 0.0)
             seen["done"] = max(seen["done"], done)
             runs.end_others(missing[number])  # they follow each other
             runs.report(missing[number], metrics)
@@ -228,6 +234,16 @@ def _fit(
             resources_per_worker=resources_per_worker(run),
             on_term=True,
         )
+
+
+def images_of(run: Run, item: Arm, loop: LoopSpec | None = None) -> int:
+    """Return how many images a training goes through in an epoch: the labelled ones, and those that teachers teach."""
+    from pipeline.engine.arms import LABELLED, TAUGHT
+
+    table, loop = table_of(run), loop or run.settings.distill.loop
+    steps = math.ceil(len(table.split(*TAUGHT)) / loop.batch_size)
+    labelled = loop.labelled_batch * bool(len(table.split(*LABELLED)))
+    return steps * (labelled + loop.batch_size * (item.teaching is not None))
 
 
 def resources_per_worker(run: Run) -> dict[str, float]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import html.parser
 import io
 import json
+import re
+import sys
+import types
 from pathlib import Path
 
 import pyarrow as pa
@@ -229,3 +232,54 @@ def test_a_call_shows_what_it_runs_and_one_line_of_what_is_there(capsys: pytest.
     with quiet.stage("select"), quiet.bar("teachers", 2) as advance:
         advance(2)
     assert capsys.readouterr().out == ""
+
+
+class Page(types.ModuleType):
+    """`IPython.display` as far as progress needs it: keeps what stands on the page, and how often it was told."""
+
+    def __init__(self) -> None:
+        super().__init__("IPython.display")
+        self.outputs: list[dict[str, str]] = []
+        self.told = 0
+        page = self
+
+        class DisplayHandle:
+            def display(self, content: dict[str, str], raw: bool) -> None:
+                page.outputs.append(dict(content))
+                self.place, page.told = len(page.outputs) - 1, page.told + 1
+
+            def update(self, content: dict[str, str], raw: bool) -> None:
+                page.outputs[self.place] = dict(content)
+                page.told += 1
+
+        self.DisplayHandle = DisplayHandle
+
+
+def test_progress_in_a_notebook_is_one_line_that_is_rewritten(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Page()
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", page)
+    monkeypatch.setattr("pipeline.face.progress.in_notebook", lambda: True)
+    display = CallDisplay()
+    assert display.moving
+    with display.stage("assess"):
+        with display.working("reading <all>"):
+            assert "reading &lt;all&gt; …" in page.outputs[0]["text/html"]
+        assert page.outputs[0]["text/plain"] == ""
+        with display.bar("teachers", 500) as advance:
+            for _ in range(500):
+                advance(1, "a<b")
+        display.note("done")
+    assert len(page.outputs) == 2 and page.told < 20  # not a message for each step
+    assert page.outputs[1]["text/plain"].startswith("teachers 500/500  ")
+    assert page.outputs[1]["text/plain"].endswith("  a<b")
+    assert "a&lt;b" in page.outputs[1]["text/html"] and '<progress value="1.0000"' in page.outputs[1]["text/html"]
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert lines[0] == "assess" and lines[1] == "  done" and lines[2].startswith("  assess: ")
+
+    quiet = CallDisplay(quiet=True)
+    with quiet.stage("assess"), quiet.working("x"), quiet.bar("teachers", 2) as advance:
+        advance(2)
+    assert len(page.outputs) == 2 and capsys.readouterr().out == ""

@@ -1,0 +1,86 @@
+"""Progress in a notebook: one line of the output that is rewritten in its place, without widgets or a script."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.report.console import Advance, pace_told
+from pipeline.report.pace import Pace
+
+_EVERY_S = 0.3  # between two messages to the page: an output is kept with all of them while a cell runs
+WIDTH = 100  # of a table in characters; a page breaks lines that are wider than it
+
+
+def in_notebook() -> bool:
+    """Return whether output goes to a notebook's page."""
+    return Console().is_jupyter
+
+
+def notebook_console(quiet: bool) -> Console:
+    """Return a console whose lines are one text of the page. Rich's own sets each apart, and its bars need widgets."""
+    return Console(
+        highlight=False,
+        quiet=quiet,
+        force_jupyter=False,
+        force_terminal=False,
+        color_system=None if quiet else "standard",
+    )
+
+
+@contextlib.contextmanager
+def notebook_bar(title: str, total: int, unit: str, pace: Pace) -> Iterator[Advance]:
+    """Show progress in a notebook; see `pipeline.report.console.Display.bar`."""
+    line = _Line()
+    done, shown = 0, -float("inf")
+
+    def advance(step: int = 1, note: str = "", work: float | None = None, took: float | None = None) -> None:
+        nonlocal done, shown
+        done += step
+        pace.advance(step if work is None else work, took)
+        now = time.monotonic()
+        if now - shown < _EVERY_S and done < total:
+            return
+        shown = now
+        told = [f"{title} {done:,}/{total:,}", pace_told(pace, unit, done >= total), note]
+        line.show("  ".join(part for part in told if part), done / max(total, 1))
+
+    line.show(f"{title} 0/{total:,}", 0.0)
+    yield advance
+
+
+@contextlib.contextmanager
+def notebook_working(what: str) -> Iterator[None]:
+    """Say that something without countable steps is going on, as long as it does."""
+    line = _Line()
+    line.show(f"{what} …")
+    try:
+        yield
+    finally:
+        line.show("")
+
+
+class _Line:
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, text: str, share: float | None = None) -> None:
+        from IPython.display import DisplayHandle
+
+        bar = (
+            "" if share is None else f'<progress value="{share:.4f}" max="1" style="vertical-align:middle"></progress> '
+        )
+        content = {
+            "text/plain": text,
+            "text/html": f'<div style="font-family:monospace;white-space:pre-wrap">{bar}{escape(text)}</div>',
+        }
+        if self._handle is None:
+            self._handle = DisplayHandle()
+            self._handle.display(content, raw=True)
+        else:
+            self._handle.update(content, raw=True)

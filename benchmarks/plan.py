@@ -1,26 +1,27 @@
-"""Plan against actual: the demo planned, run, and compared stage by stage: about four minutes on two cores.
+"""Plan against actual: the demo planned, run, and compared stage by stage: about five minutes on two cores.
 
     python -m benchmarks.plan [--run conf/demo/run.yaml] [--rounds N] [--work FOLDER]
 
 A round is a calibration, a run in an empty folder, and a second run of twice the epochs that is planned from what the
-first one recorded. Writes benchmarks/results/plan.json.
+first one recorded; each of these is a command of its own, as a user gives it. The first round finds no former run
+beside it; the calibrations of the others know what starting took in the rounds before. Writes
+benchmarks/results/plan.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import ROOT, goal, write
-from pipeline.config import Settings
-from pipeline.planning.against import WITHIN_MEMORY, WITHIN_SECONDS, against
-from pipeline.planning.plan import keep, make_plan
-from pipeline.report.console import Display
+from pipeline.planning.against import FILE, WITHIN_MEMORY, WITHIN_SECONDS, against
 from pipeline.settings_files import load_settings
-from pipeline.stages.run import run_pipeline
 
 COLUMNS = {
     "origin": "throughputs",
@@ -29,26 +30,27 @@ COLUMNS = {
     "planned": "planned",
     "actual": "actual",
     "ratio": "plan / actual",
+    "rounds": "each round",
     "start": "of which start-up, planned",
 }
+FIRST, LATER, RECORDED = "calibrated, first run", "calibrated, runs before", "recorded"
 
 
-def measure(settings: Settings, calibration: bool, display: Display) -> list[dict[str, Any]]:
-    """Plan, run, compare."""
-    plan = make_plan(settings, calibration=calibration, display=display)
-    keep(plan)
-    run_pipeline(settings, display=display)
-    starts = {one.stage: one.parts.get("start") for one in plan.stages}
-    rows = against(settings.run_dir)
+def measure(origin: str, file: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Plan, run, compare; and say what the plan itself took."""
+    places = [f"run_dir={folder}", f"cache.path={folder / 'outputs-of-teachers'}", *overrides]
+    faculty("plan", file, "--no-calibrate" if origin == RECORDED else "--calibrate", *places)
+    plan = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    faculty("run", file, *places)
+    starts = {one["stage"]: one["parts"].get("start") for one in plan["stages"]}
     return [
-        row | {"origin": plan.rates.origin, "start": starts[row["stage"]] if row["what"] == "seconds" else None}
-        for row in rows
+        row | {"origin": origin, "start": starts[row["stage"]] if row["what"] == "seconds" else None}
+        for row in against(folder)
     ]
 
 
-def settings_of(file: Path, folder: Path, *overrides: str) -> Settings:
-    places = [f"run_dir={folder}", f"cache.path={folder / 'outputs-of-teachers'}"]
-    return load_settings([file], [*places, *overrides])
+def faculty(command: str, file: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "jobs.cli", command, "-c", str(file), *arguments], cwd=ROOT, check=True)
 
 
 def main() -> None:
@@ -58,13 +60,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="faculty-bench-"))
-    display, found = Display(), []
+    longer = f"distill.loop.epochs={2 * load_settings([arguments.run]).distill.loop.epochs}"
+    found: list[dict[str, Any]] = []
     for number in range(arguments.rounds):
         folder = work / f"round{number}"
-        settings = settings_of(arguments.run, folder)
-        found += measure(settings, True, display)
-        longer = f"distill.loop.epochs={2 * settings.distill.loop.epochs}"
-        found += measure(settings_of(arguments.run, folder, longer), False, display)
+        found += measure(FIRST if number == 0 else LATER, arguments.run, folder)
+        found += measure(RECORDED, arguments.run, folder, longer)
     publish(found, arguments.rounds)
 
 
@@ -72,7 +73,8 @@ def publish(found: list[dict[str, Any]], rounds: int) -> None:
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in found:
         groups.setdefault((row["origin"], row["stage"], row["what"]), []).append(row)
-    rows = [_median(group) for group in groups.values()]
+    order = [FIRST, LATER, RECORDED]
+    rows = [_median(groups[key]) for key in sorted(groups, key=lambda key: order.index(key[0]))]
     goals = [
         goal(
             f"{row['origin']}: {row['stage']}, {row['what']}: how far the plan is off",
@@ -84,9 +86,10 @@ def publish(found: list[dict[str, Any]], rounds: int) -> None:
         for row in rows
     ]
     note = (
-        f"Median of {rounds} rounds. Calibrated: an empty run folder, half a minute of measuring before it. Recorded: "
-        "the same folder with twice the epochs, from what the first run left; stages that were fresh have no row. "
-        "Seconds; memory is the peak of a process, in MiB."
+        f"{rounds} rounds, their medians. Calibrated: an empty run folder, half a minute of measuring before it; in "
+        "the first round no former run on the machine is known, in the others those of the rounds before are. "
+        "Recorded: the same folder with twice the epochs, from what its first run left; stages that were fresh have no "
+        "row. Each plan and each run is a process of its own. Seconds; memory is the peak of a process, in MiB."
     )
     write("plan", rows, goals, COLUMNS, note)
 
@@ -96,7 +99,8 @@ def _median(group: list[dict[str, Any]]) -> dict[str, Any]:
         key: statistics.median(row[key] for row in group) if group[0][key] is not None else None
         for key in ("planned", "actual", "ratio", "start")
     }
-    return group[0] | numbers | {"ratios": [row["ratio"] for row in group]}
+    ratios = [row["ratio"] for row in group]
+    return group[0] | numbers | {"ratios": ratios, "rounds": " ".join(f"{ratio:.2f}" for ratio in ratios)}
 
 
 if __name__ == "__main__":

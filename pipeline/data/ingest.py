@@ -5,11 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import time
 import warnings
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -178,6 +180,82 @@ def _build(
         )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How fast a source is read.
+
+    Attributes
+    ----------
+    opening : float
+        Seconds until it is open and has given its first images, theirs left out.
+    seconds : float
+        Of an image.
+    size : float
+        Mean bytes of an image as it is stored.
+    """
+
+    opening: float
+    seconds: float
+    size: float
+
+
+def try_reading(
+    source: SourceSpec, image: ImageSpec, folder: Path, *, seconds: float, most: int = 2048
+) -> Reading | None:
+    """Read the first images of a source as `build_table` does, and keep none of them.
+
+    Parameters
+    ----------
+    source : SourceSpec
+    image : ImageSpec
+    folder : Path
+        For a temporary file.
+    seconds : float
+        After which no more are begun.
+    most : int
+        Images.
+
+    Returns
+    -------
+    Reading or None
+        None where none of them can be read.
+
+    Raises
+    ------
+    DataError
+        If the source can't be opened, or the folder can't be written to.
+    """
+    began, seen = time.perf_counter(), 0
+    found = open_source(source)
+    times: list[float] = []
+    with _Spool(folder, len(found.classes)) as spool, _unworried():
+        for sample, one in _convert(found, image):
+            seen += 1
+            if not isinstance(one, str):
+                spool.add(one, sample.label)
+            if seen % _CHUNK == 0:
+                times.append(time.perf_counter() - began)
+                if times[-1] > seconds or seen >= most:
+                    break
+        over = time.perf_counter() - began
+        if not len(spool):
+            return None
+        size = spool.size / len(spool)
+    if len(times) > 1:
+        each = (times[-1] - times[0]) / (_CHUNK * (len(times) - 1))
+        return Reading(max(times[0] - _CHUNK * each, 0.0), each, size)
+    return Reading(0.0, over / seen, size)
+
+
+@contextmanager
+def _unworried() -> Iterator[None]:
+    """Keep Pillow's warnings of large or odd images back: what can't serve is skipped and listed anyway."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
 class _Spool:
     """The distinct images of all sources: ids and labels in memory, pixels in a temporary file.
 
@@ -207,6 +285,11 @@ class _Spool:
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all images."""
+        return self._ends[-1]
 
     @property
     def conflicts(self) -> int:
@@ -260,10 +343,7 @@ def _collect(source: Source, spec: ImageSpec, spool: _Spool, renumber: list[int]
     spool.start_source()
     skipped: list[tuple[str, str]] = []
     seen = 0
-    with warnings.catch_warnings():
-        # Pillow warns of large or odd images; what can't serve is skipped and listed anyway.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with _unworried():
         for sample, found in _convert(source, spec):
             seen += 1
             if isinstance(found, str):

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.cluster.spec import ClusterSpec
 from pipeline.config import Settings
 from pipeline.errors import FacultyError
 from pipeline.models.teacher import Teacher, predict
+from pipeline.planning import rehearsal
 from pipeline.planning.facts import LABELLED
-from pipeline.planning.rates import Rates, Starts, points_of
+from pipeline.planning.rates import Rates, Starts, derived, points_of
 from pipeline.planning.sizes import widths_of
 from pipeline.planning.steps import step_seconds
 from pipeline.planning.teachers import TeacherSize
@@ -28,20 +28,12 @@ from pipeline.planning.work import JUDGED, Work, workers_of
 
 SECONDS = 30.0
 _TEACHERS = 8  # architectures that are tried at most
-_SHARES = {"starts": 0.3, "images": 0.05, "teachers": 0.3, "steps": 0.2, "scores": 0.15}
+_SHARES = {"images": 0.05, "teachers": 0.15, "steps": 0.1, "scores": 0.05, "pictures": 0.15, "starts": 0.5}
+_PATIENCE = 10.0  # seconds beyond the time, after which Ray is no longer waited for
 PARTS = tuple(_SHARES)
 _SCORED = 2000  # images that a score is tried on at most
-_DECODED = 1024
-# What a worker has imported before it begins, and what the driver has.
-_WORKER = (
-    "import pipeline.cluster.trainable, pipeline.cluster.worker, pipeline.stages.probe, pipeline.engine.arms, "
-    "pipeline.assessment.probe, pipeline.models.sources"
-)
-_DRIVER = "import pipeline.cluster.session"
-_RESIDENT = (
-    "\nfor line in open('/proc/self/status'):\n    if line.startswith('VmRSS:'):\n        print(line.split()[1])"
-)
-
+_WIDEST = 4e6  # features over all images of a fit that is tried: seconds for more
+_DECODED = 2048
 Load = Callable[[str], Teacher]
 
 
@@ -68,6 +60,7 @@ def calibrate(
     *,
     seconds: float = SECONDS,
     parts: Collection[str] = PARTS,
+    former: Mapping[str, float] | None = None,
     advance: Callable[[int, str], None] = lambda done, note: None,
 ) -> Rates:
     """Measure on this machine what the plan needs to know.
@@ -85,23 +78,34 @@ def calibrate(
         In all; a piece of work that has begun is not cut off.
     parts : collection of str
         Which of `PARTS` to measure.
+    former : mapping of str to float, optional
+        What starting took in former runs, see `pipeline.planning.recalled.recalled`.
     advance : callable
         Told of every part that is over.
     """
     clock = _Clock(time.perf_counter() + seconds)
     notes: list[str] = []
-    found = Rates(origin="calibrated")
+    found, known = Rates(origin="calibrated"), dict(former or {})
+    starts: dict[str, float] = {}
     measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "starts": lambda: _starts(clock, settings, notes),
         "images": lambda: _images(settings, clock),
         "teachers": lambda: _teachers(settings, work, load, clock, notes),
         "steps": lambda: {"steps": _steps(settings, work, clock, notes)},
         "scores": lambda: _scores(settings, work, clock, notes),
     }
     for name in PARTS:
-        if name in parts:
+        if name not in parts:
+            continue
+        if name == "starts":
+            begun, resident = _starts(clock, settings, known, notes)
+            starts |= begun
+            found = replace(found, resident=resident)
+        elif name == "pictures":
+            starts |= _ends(settings, work, clock, known, notes)
+        else:
             found = replace(found, **measures[name]())
-            advance(1, name)
+        advance(1, name)
+    found = replace(found, starts=replace(Starts(), **starts))
     sizes = {teacher.key: teacher.net for teacher in work.teachers if teacher.net is not None}
     return replace(found, points=points_of(found.forward, sizes), notes=tuple(notes))
 
@@ -117,83 +121,69 @@ def sample(teachers: Sequence[TeacherSize], most: int = _TEACHERS) -> list[Teach
     return [ordered[round(place * (len(ordered) - 1) / (most - 1))] for place in range(most)]
 
 
-def _starts(clock: _Clock, settings: Settings, notes: list[str]) -> dict[str, Any]:
-    """Import what driver and workers import in fresh processes, as many side by side as will start together."""
-    beside = max(1, min(workers_of(settings.distill.resources, _here()), os.cpu_count() or 1))
-    limit = clock.share("starts")
-    began = time.perf_counter()
-    driver, _ = _fresh(_DRIVER, 1, limit / 2)
-    worker, resident = _fresh(_WORKER + _RESIDENT, beside, limit - (time.perf_counter() - began))
-    if resident is None:
-        notes.append(f"a fresh process needs more than {worker:.0f} s to begin: what starting takes is underestimated")
-    return {"starts": replace(Starts(), driver=driver, worker=worker), "resident": resident}
+def _starts(
+    clock: _Clock, settings: Settings, former: Mapping[str, float], notes: list[str]
+) -> tuple[dict[str, float], int | None]:
+    """Return what starting takes, and the bytes of a worker that has begun: as former runs had it, or as it is tried.
+
+    An existing cluster is not joined for it: its workers begin as those of a local Ray do.
+    """
+    spec, resident = settings.cluster, former.get("resident", 0.0)
+    found = {kind: former[kind] for kind in ("session", "trials", "tasks", "group") if kind in former}
+    if not rehearsal.known(former):
+        beside = max(1, min(workers_of(settings.distill.resources, _here()), os.cpu_count() or 1))
+        local = spec if spec.local else ClusterSpec(num_cpus=beside)
+        tried = rehearsal.starts(local, beside, max(clock.left(), 0.0) + _PATIENCE)
+        if "tasks" not in tried:
+            notes.append("starting Ray and its first workers took longer than can be tried: it is partly assumed")
+        assumed = Starts()
+        own = {kind: tried.get(kind, getattr(assumed, kind)) for kind in ("driver", "session", "tasks")}
+        found = derived(**own) | found
+        resident = resident or tried.get("resident", 0.0)
+    return found, int(resident) or None
 
 
 def _here() -> Any:
-    from pipeline.cluster.spec import ClusterSpec
     from pipeline.planning.described import this_machine
 
     return this_machine(ClusterSpec())
 
 
-def _fresh(code: str, count: int, limit: float) -> tuple[float, int | None]:
-    """Return the seconds until `count` processes have run some code, `limit` at most, and the bytes one then has."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(entry for entry in sys.path if entry))
-    began = time.perf_counter()
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        for _ in range(count)
-    ]
-    said = []
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=max(began + limit - time.perf_counter(), 0.1))
-            said.append(output.strip())
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-    taken = time.perf_counter() - began
-    whole = len(said) == count
-    return taken, max((int(text) * 1024 for text in said if text.isdigit()), default=None) if whole else None
+def _ends(
+    settings: Settings, work: Work, clock: _Clock, former: Mapping[str, float], notes: list[str]
+) -> dict[str, float]:
+    """Return what pictures take, where any are drawn, and the export of the student, known or tried."""
+    found: dict[str, float] = {}
+    if settings.tracking.enabled:
+        drawn = rehearsal.pictures(work.facts.classes, max(work.candidates, 1))
+        found |= {"picture": drawn["first"], "matrix": drawn["matrix"], "panel": drawn["panel"]}
+    if "register" in former:
+        found["register"] = former["register"]
+    elif settings.registration.enabled and clock.left() > 0:
+        try:
+            found["register"] = rehearsal.export(settings, work)
+        except (FacultyError, ValueError, RuntimeError) as error:
+            notes.append(f"the student can't be exported ({str(error).splitlines()[0][:120]})")
+    return found
 
 
 def _images(settings: Settings, clock: _Clock) -> dict[str, Any]:
-    """Return the seconds an image of the source takes, read as `ingest` reads it, and its mean bytes as stored."""
-    from pipeline.data.pixels import UnreadableImageError, canonical
-    from pipeline.data.sources import RawSample, open_source
+    """Return how long the source takes to open and for an image, read as `ingest` reads it; and an image's mean bytes.
 
-    spec, limit = settings.task.image, clock.share("images")
+    The first images also take what opening takes: an image's seconds are those of the images after them.
+    """
+    from pipeline.data.ingest import try_reading
 
-    def stored(one: RawSample) -> int:
-        if one.image is None:
-            return 0
-        try:
-            return len(canonical(one.image, spec, one.origin).payload)
-        except UnreadableImageError:
-            return 0
-
-    sizes: list[int] = []
-    began = time.perf_counter()
     try:
-        stream = iter(open_source(settings.task.source))
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            while len(sizes) < _DECODED and time.perf_counter() - began < limit:
-                chunk = list(islice(stream, 64))
-                if not chunk:
-                    break
-                sizes += pool.map(stored, chunk)
-    except FacultyError:
+        with tempfile.TemporaryDirectory(prefix="faculty-plan-") as folder:
+            read = try_reading(
+                settings.task.source, settings.task.image, Path(folder), seconds=clock.share("images"), most=_DECODED
+            )
+    except (FacultyError, OSError):
         return {}
-    whole = [size for size in sizes if size]
-    if not whole:
+    if read is None:
         return {}
-    return {"decode": (time.perf_counter() - began) / len(sizes), "encoded": statistics.fmean(whole)}
+    return {"opening": read.opening, "decode": read.seconds, "encoded": read.size}
 
 
 def _teachers(settings: Settings, work: Work, load: Load, clock: _Clock, notes: list[str]) -> dict[str, Any]:
@@ -279,8 +269,10 @@ def _scores(settings: Settings, work: Work, clock: _Clock, notes: list[str]) -> 
             classifier_weight=said.classifier_weight,
         )
 
-    def fit() -> None:
-        together_held_out([features[:judged]], labels[:judged], facts.classes)
+    members = max((one for many, one in work.fits if many), default=1)
+
+    def fit(members: int = 1) -> None:
+        together_held_out([features[:judged]] * members, labels[:judged], facts.classes)
 
     try:
         with threads(assess.resources.cpus):
@@ -289,12 +281,16 @@ def _scores(settings: Settings, work: Work, clock: _Clock, notes: list[str]) -> 
         # long, and may not be tried.
         with threads(1.0):
             once = _best_of(fit, clock.share("scores") / 2)
+            wide = None
+            if members > 1 and clock.left() > 0 and judged * width * members <= _WIDEST:
+                wide = (_best_of(lambda: fit(members), clock.share("scores") / 2), width * members)
         if clock.left() > 0:
             once = min(once, _best_of(fit, clock.share("scores")))
     except (ValueError, RuntimeError) as error:  # too few images of a class, say: told when it runs
         notes.append(f"scores can't be tried ({str(error).splitlines()[0][:120]})")
         return {}
-    return {"score": scored / (count * width), "fit": (once, judged, width)}
+    found: dict[str, Any] = {"score": scored / (count * width), "fit": (once, judged, width)}
+    return found if wide is None else found | {"wide": (max(wide[0], once), wide[1])}
 
 
 def _best_of(work: Callable[[], object], limit: float, most: int = 5) -> float:

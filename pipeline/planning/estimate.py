@@ -16,6 +16,7 @@ from pipeline.planning.teachers import TeacherSize
 from pipeline.planning.work import BLOCK, JUDGED, Training, Work, worker_resources, workers_of
 
 STAGES = ("ingest", "assess", "select", "amalgamate", "distill", "evaluate", "register")
+_PICTURED = 20  # teachers whose plans are drawn, as in `pipeline.stages.recording_teachers`
 _FEW = 8  # blocks, up to which they are tasks instead of a pool's, as in `pipeline.stages.speaking`
 # Assumed: what gloo moves between processes of a machine, what NCCL moves between GPUs of a node, and a message.
 _LOOPBACK, _BETWEEN_GPUS, _LATENCY = 1e9, 1e11, 2e-4
@@ -93,6 +94,8 @@ class _Estimator:
     ) -> None:
         self.settings, self.work, self.rates, self.cluster = settings, work, rates, cluster
         self._session = self._first_with_ray(states)
+        drawing = [stage for stage in STAGES[1:6] if states.get(stage, "fresh") != "fresh"]
+        self._first_picture = drawing[0] if drawing and settings.tracking.enabled else ""
 
     def plan(self, stage: str) -> StagePlan:
         found: StagePlan = getattr(self, f"_{stage}")()
@@ -110,18 +113,35 @@ class _Estimator:
     ) -> StagePlan:
         if stage in self.rates.whole:
             taken = self.rates.besides[stage]
-            return StagePlan(stage, "", images, resources, at_once, taken, {"as before": taken})
-        besides = self.rates.besides.get(stage)
-        start = besides
-        if start is None:
-            start = starting + (self.rates.starts.session if stage == self._session else 0.0)
+            session = self.rates.starts.session if stage == self._session else 0.0
+            told = {"as before": taken} | ({"start": session} if session else {})
+            return StagePlan(stage, "", images, resources, at_once, taken + session, told)
+        session = self.rates.starts.session if stage == self._session else 0.0
+        if stage in self.rates.besides:
+            start = self.rates.besides[stage] + session
+        else:
+            start = starting + session
+            parts = {**parts, "pictures": self._pictures(stage)}
         known = {name: value for name, value in parts.items() if value is not None and value > 0}
         everything = None if None in parts.values() else start + sum(known.values())
         return StagePlan(stage, "", images, resources, at_once, everything, {"start": start} | known)
 
+    def _pictures(self, stage: str) -> float:
+        """Return the seconds that go into the pictures of a stage; without a tracking store none are drawn."""
+        if not self.settings.tracking.enabled:
+            return 0.0
+        work, starts = self.work, self.rates.starts
+        heads = len(self.settings.task.subtasks or {"": None})
+        matrices = {"assess": min(work.rungs[-1].teachers, _PICTURED), "evaluate": heads}
+        panels = {"assess": 1, "select": 1, "amalgamate": 2 * heads if work.faculty else 0, "distill": 2, "evaluate": 1}
+        first = starts.picture if stage == self._first_picture else 0.0
+        return first + matrices.get(stage, 0) * starts.matrix + panels.get(stage, 0) * starts.panel
+
     def _ingest(self) -> StagePlan:
         count = self.work.facts.source
-        reading = None if count is None or self.rates.decode is None else count * self.rates.decode
+        reading = None
+        if count is not None and self.rates.decode is not None:
+            reading = self.rates.opening + count * self.rates.decode
         return self._finish("ingest", count or 0, "1 CPU", 0, 0.0, {"reading": reading})
 
     def _assess(self) -> StagePlan:
@@ -199,7 +219,7 @@ class _Estimator:
             if widths is not None
         )
         # A pool's actors begin as tasks do, once Ray Data has been imported.
-        starting = self.rates.starts.tasks + (0.0 if few else self.rates.starts.handshake)
+        starting = self.rates.starts.tasks + (0.0 if few else self.rates.starts.driver)
         # Shards are written, read again and joined in the driver.
         return (
             len(teachers) * count * work.views,

@@ -26,6 +26,7 @@ from pipeline.planning.estimate import STAGES, StagePlan, estimate
 from pipeline.planning.facts import Facts, facts_of
 from pipeline.planning.memory import Memory, disk_of, memory_of
 from pipeline.planning.rates import Rates
+from pipeline.planning.recalled import recalled
 from pipeline.planning.recorded import recorded
 from pipeline.planning.refusals import Refusal, refusals, warnings
 from pipeline.planning.teachers import TeacherSize, size_teachers
@@ -282,7 +283,10 @@ def _rates(
             return found or Rates(notes=(note,))
     with display.bar("calibration", len(PARTS)) as advance:
         device = "cuda" if settings.assess.resources.gpus > 0 and cluster.gpus else "cpu"
-        return calibrate(settings, work, lambda name: _load(zoo[name], settings, device), advance=advance)
+        former = recalled(settings.run_dir)
+        return calibrate(
+            settings, work, lambda name: _load(zoo[name], settings, device), former=former, advance=advance
+        )
 
 
 def _described(settings: Settings, work: Work, flops: float, calibration: bool | None, display: Display) -> Rates:

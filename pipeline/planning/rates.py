@@ -16,50 +16,59 @@ BACKWARD = 2.0  # a backward pass over a forward pass, in operations: gradients 
 
 @dataclass(frozen=True)
 class Starts:
-    """Seconds that pass before work begins. `driver` and `worker` are measured by a calibration, the rest is assumed.
+    """Seconds that pass before work begins and after it. What is neither measured nor known of former runs is assumed.
 
     Attributes
     ----------
     driver : float
         Until a process has imported Ray.
-    worker : float
-        Until a fresh process has imported what a worker needs.
-    handshake : float
-        Of Ray with itself: a local cluster, a placement group, a controller.
+    session : float
+        Until a local Ray has started, `driver` included.
+    tasks : float
+        Until plain tasks work: fresh processes have imported what a worker needs, as many side by side as will be.
+    trials : float
+        Of Tune, until its first trial works, and at its end.
+    group : float
+        Until a group of training workers trains.
     result : float
         What the driver does with the result of one trial: Tune's turn, the row, the tracking store.
     report : float
         What an epoch takes besides its steps: metrics, a checkpoint on its way.
+    picture : float
+        What the first picture takes longer than the others.
+    matrix, panel : float
+        Of a picture of a matrix between classes, and of any other panel of one.
     register : float
         Export and registration of the student.
     """
 
     driver: float = 2.0
-    worker: float = 4.0
-    handshake: float = 2.0
+    session: float = 10.0
+    tasks: float = 8.0
+    trials: float = 14.0
+    group: float = 16.0
     result: float = 0.1
     report: float = 0.05
-    register: float = 4.0
+    picture: float = 1.0
+    matrix: float = 0.6
+    panel: float = 0.3
+    register: float = 6.0
 
-    @property
-    def session(self) -> float:
-        """A local Ray."""
-        return self.driver + self.handshake
 
-    @property
-    def trials(self) -> float:
-        """Tune, until its first trial works."""
-        return self.worker + self.handshake
+def derived(*, driver: float, session: float, tasks: float) -> dict[str, float]:
+    """Return starts from what was measured: those of Tune and of Train by the processes that they start.
 
-    @property
-    def tasks(self) -> float:
-        """Plain tasks, until the first works."""
-        return self.worker
-
-    @property
-    def group(self) -> float:
-        """A group of training workers: a controller, then the workers."""
-        return 2 * self.worker + 2 * self.handshake
+    A process on Ray begins with Ray's own import, as the driver did. Tune imports itself in the driver and once more in
+    its trials, which then import as tasks do. Train starts a controller, a process by which workers meet, and the
+    workers, one after the other.
+    """
+    return {
+        "driver": driver,
+        "session": driver + session,
+        "tasks": tasks,
+        "trials": 2 * driver + tasks,
+        "group": 3 * driver + tasks,
+    }
 
 
 @dataclass(frozen=True)
@@ -81,10 +90,14 @@ class Rates:
         Seconds to score a teacher, an image and a feature.
     fit : (float, float, int) or None
         Seconds, images and width of one fit of the stage select.
+    wide : (float, int) or None
+        Seconds and width of the widest fit that was measured, over as many images.
     steps : mapping of str to float
         Seconds of a training step on one worker, by what is trained: ``taught``, ``labels``, ``component``.
     synchronised : bool
         Whether `steps` include what workers say to each other.
+    opening : float
+        Seconds until the source gives its first images.
     decode : float or None
         Seconds to read an image from the source.
     encoded : float or None
@@ -93,7 +106,7 @@ class Rates:
         Bytes of a worker process before it loads anything.
     starts : Starts
     besides : mapping of str to float
-        By stage: all that a former run took besides its work; instead of `starts`.
+        By stage: all that a former run took besides its work, the start of Ray left out; instead of `starts`.
     whole : tuple of str
         Stages whose `besides` are all that they took.
     disk : float
@@ -108,8 +121,10 @@ class Rates:
     load: float = 0.05
     score: float = 0.0
     fit: tuple[float, float, int] | None = None
+    wide: tuple[float, int] | None = None
     steps: Mapping[str, float] = field(default_factory=dict)
     synchronised: bool = False
+    opening: float = 0.0
     decode: float | None = None
     encoded: float | None = None
     resident: int | None = None
@@ -140,14 +155,22 @@ class Rates:
         return None if once is None else (1 + BACKWARD) * once * images
 
     def a_fit(self, images: int, width: int) -> float | None:
-        """Return the seconds of one held-out fit: its time goes with the images times the square of the width.
+        """Return the seconds of one held-out fit.
 
-        Features wider than there are images are compared within the span of the images.
+        Between the two widths that were measured by a power of the width; beyond them with its square, which features
+        wider than there are images do not reach: they are compared within the span of the images. In proportion to the
+        images.
         """
         if self.fit is None:
             return None
-        seconds, known, wide = self.fit
-        return seconds * (images * min(width, images) ** 2) / (known * min(wide, known) ** 2)
+        seconds, known, least = self.fit
+        most, reached = (seconds, least) if self.wide is None else self.wide
+        if reached > least and width < reached:
+            power = math.log(most / seconds) / math.log(reached / least)
+            once = seconds * (max(width, least) / least) ** power
+        else:
+            once = most * max(min(width, images) / min(reached, known), 1.0) ** 2
+        return once * images / known
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""

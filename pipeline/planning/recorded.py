@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config import Settings
 from pipeline.planning.facts import LABELLED
 from pipeline.planning.rates import Rates, Starts, points_of
+from pipeline.planning.recalled import recalled
 from pipeline.planning.simulate import makespan
 from pipeline.planning.sizes import widths_of
 from pipeline.planning.teachers import TeacherSize
@@ -49,7 +50,7 @@ def recorded(settings: Settings, work: Work, files: RunFolder) -> Rates | None:
     if record is not None:
         forward, overheads, rest, resident = _assessed(work.teachers, record, files, settings)
         if rest is not None:
-            besides["assess"] = rest
+            besides["assess"] = max(rest - record.starts.get("session", 0.0), 0.0)
     steps: dict[str, list[float]] = {}
     for stage in ("distill", "evaluate"):
         record = _usable(settings, files, stage)
@@ -57,13 +58,14 @@ def recorded(settings: Settings, work: Work, files: RunFolder) -> Rates | None:
             continue
         found = list(_trained(record, files, settings, work))
         if found:
-            besides[stage] = max(record.seconds - sum(seconds for *_, seconds in found), 0.0)
+            worked = sum(seconds for *_, seconds in found) + record.starts.get("session", 0.0)
+            besides[stage] = max(record.seconds - worked, 0.0)
         for kind, step, _ in found:
             steps.setdefault(kind, []).append(step)
     for stage in _WHOLE:
         newest = files.newest(stage)
         if newest is not None:
-            besides[stage] = newest.seconds
+            besides[stage] = max(newest.seconds - newest.starts.get("session", 0.0), 0.0)
     needed = {one.kind for trainings in work.trainings.values() for one in trainings}
     if not forward or not needed <= set(steps):
         return None
@@ -85,8 +87,10 @@ def recorded(settings: Settings, work: Work, files: RunFolder) -> Rates | None:
         resident=resident,
         notes=("stages ingest, select, amalgamate and register are taken to last as long as they did",),
     )
-    # A result of a trial is part of what the assessment took.
-    return replace(rates, starts=replace(Starts(), result=0.0)) if "assess" in besides else rates
+    # Reports of epochs are part of what the trainings took, results of trials of what the assessment did.
+    starts = replace(Starts(), report=0.0, **({"result": 0.0} if "assess" in besides else {}))
+    # Records of an older version have the start of Ray among the rest: nothing is added then.
+    return replace(rates, starts=replace(starts, session=recalled(files.root).get("session", 0.0)))
 
 
 def _usable(settings: Settings, files: RunFolder, stage: str) -> Record | None:

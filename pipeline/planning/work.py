@@ -278,8 +278,9 @@ def _fits(
         return ()
     usable, tried = rungs[-1].teachers, min(select.consider, rungs[-1].teachers)
     most = min(select.max_teachers, len(faculty) or 1, tried)
-    # One more than are taken: the last round finds that nobody adds anything.
-    joint = [(tried - members, members + 1) for members in range(1, most + 1) if tried > members]
+    # Rounds end with a full set, or one later: that one finds that nobody adds anything.
+    full = most == select.max_teachers
+    joint = [(tried - members, members + 1) for members in range(1, most + (not full)) if tried > members]
     return ((usable + 1, 1), *joint)
 
 

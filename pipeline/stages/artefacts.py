@@ -26,7 +26,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,10 @@ class Record:
         Wall time, and when it ended (seconds since the epoch).
     again : str
         Why it is to run again although nothing has changed; "" if it need not.
+    starts : dict
+        Seconds among those that passed before work began, by what was started; see `Run.timed`.
+    machine : str
+        Whose driver it was: what starting takes is that machine's.
     """
 
     stage: str
@@ -74,6 +78,8 @@ class Record:
     seconds: float
     finished: float
     again: str = ""
+    starts: dict[str, float] = field(default_factory=dict)
+    machine: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class Assess:
         if missing:
             found, passing = self._assess(run, missing, homes, climbing, search, runs, complete)
             rows |= found
-        rows |= {name: _row(run, name, {"rung": 0, "dropped": reason}) for name, reason in dropped.items()}
+        rows |= {name: row_of(run, name, {"rung": 0, "dropped": reason}) for name, reason in dropped.items()}
         for row in rows.values():
             complete(row)
         if not has_labels(run):
@@ -168,28 +169,17 @@ class Assess:
         rows: dict[str, dict[str, Any]] = {}
         passing: list[str] = []
         told: dict[str, dict[str, Any]] = {}
-        items = [
-            TrialItem(
-                name,
-                ProbePayload(
-                    TeacherJob.of(run, name, homes[name], settings.resources),
-                    str(outputs_folder(run, name)),
-                    CachedTeacher.of(run, name),
-                    settings,
-                    last_rung=len(climbing),
-                ),
-            )
-            for name in names
-        ]
+        items = [TrialItem(name, payload_of(run, name, homes[name], climbing)) for name in names]
         with run.display.working("reading the probe"):
             probe = build_probe(run, rungs=settings.search.rungs if climbing else (1.0,))
         run.open_cluster()
+        began = time.perf_counter()
         resources = {"CPU": settings.resources.cpus, "GPU": settings.resources.gpus}
         at_once = beside(resources, len(names), settings.resources.max_concurrent)
         with run.display.bar("teachers", len(names), at_once=at_once) as advance:
 
             def keep(name: str, result: dict[str, Any]) -> None:
-                row = _row(run, name, result | {"rung": None if "error" in result else result.get("rung", 0) + 1})
+                row = row_of(run, name, result | {"rung": None if "error" in result else result.get("rung", 0) + 1})
                 if row["error"] is None:
                     told[name] = {
                         "rows": row["images"] or 0,
@@ -203,7 +193,7 @@ class Assess:
                 complete(row)
                 rows[name] = row
                 if has_labels(run):  # without, how far it agrees with the others is still to come
-                    _track(runs, row)
+                    runs.record(row)
                 advance(1, name, took=result.get("seconds"))
 
             run_trials(
@@ -219,9 +209,58 @@ class Assess:
                 shared=probe,
                 verbose=run.verbose,
             )
+        run.timed.update(_starts(run, rows, time.perf_counter() - began))
         tell_kept(run, told.items())
         tidy_cache(run)
         return rows, passing
+
+
+def _starts(run: Run, rows: Mapping[str, dict[str, Any]], seconds: float) -> dict[str, float]:
+    """Return what starting took among the seconds of a search, see `Run.timed`."""
+    from pipeline.cluster.session import slots
+
+    settings = run.settings.assess.resources
+    asked = {key: value for key, value in {"CPU": settings.cpus, "GPU": settings.gpus}.items() if value > 0}
+    beside = min(slots(asked), len(rows), settings.max_concurrent or len(rows))
+    took = [row["seconds"] for row in rows.values() if row["error"] is None and row["seconds"] is not None]
+    start = start_of(took, beside, seconds)
+    peaks = [row["peak_mb"] for row in rows.values() if row["peak_mb"]]
+    if start is None or not peaks or not run.settings.cluster.local:
+        return {}
+    return {"trials": start, "resident": min(peaks) * 2**20}
+
+
+def start_of(took: Sequence[float], beside: int, seconds: float) -> float | None:
+    """Return the seconds of a search that did not go into teachers; None where there are too few to tell.
+
+    The first trial of each process imports what the next ones find there, so that the longest, as many as there are
+    processes, count as one of the others does.
+
+    Parameters
+    ----------
+    took : sequence of float
+        By trials.
+    beside : int
+        Trials side by side.
+    seconds : float
+        From the first to the last.
+    """
+    usual = sorted(took)[: len(took) - beside]
+    if beside < 1 or not usual:
+        return None
+    return max(seconds - sum(usual) / beside - usual[len(usual) // 2], 0.0)
+
+
+def payload_of(run: Run, name: str, home: Path, climbing: tuple[int, ...]) -> ProbePayload:
+    """Return what the assessment of a teacher gets; `climbing` as in `pipeline.cluster.trials.run_trials`."""
+    settings = run.settings.assess
+    return ProbePayload(
+        TeacherJob.of(run, name, home, settings.resources),
+        str(outputs_folder(run, name)),
+        CachedTeacher.of(run, name),
+        settings,
+        last_rung=len(climbing),
+    )
 
 
 def _climbing(run: Run, candidates: int) -> tuple[int, ...]:
@@ -288,7 +327,8 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _row(run: Run, name: str, result: dict[str, Any]) -> dict[str, Any]:
+def row_of(run: Run, name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a teacher in the table, and what is recorded of it beside that."""
     row = {field: result.get(field) for field in (*schema(run).names, *_RECORDED)}
     return row | {"teacher": name, "fingerprint": run.fingerprint(name)}
 
@@ -304,11 +344,6 @@ def _add_agreement(run: Run, rows: Mapping[str, dict[str, Any]]) -> None:
         found = agreement(torch.stack([carried(run, name, "unlabelled") for name in names]))
         for name, value in zip(names, found.tolist(), strict=True):
             rows[name]["agreement"] = value
-
-
-def _track(runs: TeacherRuns, row: dict[str, Any]) -> None:
-    """Record a teacher as soon as its row has arrived."""
-    runs.record(row)
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:

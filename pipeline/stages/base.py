@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,7 +69,10 @@ class Stage(Protocol):
 class Run:
     """One execution of the pipeline: its settings, folder, trackers and the results so far.
 
-    `tracker` is that of the stage that is running, `root` that of the whole run.
+    `tracker` is that of the stage that is running, `root` that of the whole run. `timed` takes what starting takes in
+    that stage, which the next plan goes by: ``session`` (a local Ray), ``trials`` (Tune, first and last), ``tasks``
+    (until a worker works), ``group`` (of training workers), ``register`` (export and registry), in seconds; and
+    ``resident``, the bytes of a worker that has begun.
     """
 
     settings: Settings
@@ -80,6 +84,7 @@ class Run:
     until: str = "register"
     verbose: bool = False
     records: dict[str, Record] = field(default_factory=dict)
+    timed: dict[str, float] = field(default_factory=dict)
     _exits: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _open: set[str] = field(default_factory=set)
 
@@ -125,6 +130,7 @@ class Run:
         """Start or join Ray, once; it ends with the run."""
         if "cluster" in self._open:
             return
+        began = time.perf_counter()
         from pipeline.cluster.session import session
 
         with self.display.working("starting Ray" if self.settings.cluster.local else "joining the cluster"):
@@ -135,6 +141,8 @@ class Run:
 
         with self.display.working("asking the nodes what they see"):
             check_nodes(self)
+        if self.settings.cluster.local:  # how long one waits for a cluster says nothing of the next time
+            self.timed["session"] = time.perf_counter() - began
         record_cluster(self)
 
     def fingerprint(self, name: str) -> str:

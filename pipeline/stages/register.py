@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +76,11 @@ class Register:
         }
         created = False
         if decision.admitted:
+            began = time.perf_counter()
             with run.display.working("exporting and registering"):
                 found = _register(run, student, lineage, card, decision)
+            if found.created:
+                run.timed["register"] = time.perf_counter() - began
             details |= {"version": found.version, "alias": found.alias, "uri": found.uri}
             created = found.created
             details["promoted"] = settings.promote and _promote(run, registry, found, decision)

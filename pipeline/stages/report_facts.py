@@ -332,10 +332,11 @@ def matrix_of_plan(mass: Any, sources: Sequence[str]) -> dict[str, Any]:
 
 def cost(run: Run) -> dict[str, Any]:
     """Return what each stage took, and beside it what was planned where a plan was made."""
-    from pipeline.planning.against import against
+    from pipeline.planning.against import FILE, against
 
     stages = [{"stage": name, "seconds": record.seconds} for name, record in run.records.items()]
     found: dict[str, Any] = {"stages": stages, "against": against(run.files.root)}
+    found["planned"] = (run.files.root / FILE).is_file()
     found |= dict.fromkeys(("peak_mb", "peak_gpu_mb", "images_per_second"))
     if "assess" in run.records:
         with contextlib.suppress(FacultyError):  # its table has gone: the ranking says so

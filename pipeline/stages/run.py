@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import platform
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -172,6 +173,7 @@ def _run_stage(run: Run, stage: Stage, key: str, inputs: Mapping[str, Any]) -> R
     here(folder)
     write_settings(folder / "settings.yaml", run.settings.dump())
     started = time.perf_counter()
+    run.timed.clear()
     with run.tracker.run(stage.name, key=f"{stage.name}-{key}", tags={"stage": stage.name, "key": key}) as tracker:
         tracker.params({name: value for name, value in inputs.items() if not name.startswith("teachers.")})
         outcome = stage.run(run.within(tracker), folder)
@@ -192,6 +194,8 @@ def _run_stage(run: Run, stage: Stage, key: str, inputs: Mapping[str, Any]) -> R
         seconds=seconds,
         finished=clock(),
         again=outcome.again,
+        starts=dict(run.timed),
+        machine=platform.node(),
     )
     run.files.finish(record)
     return record

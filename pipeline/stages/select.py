@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.assessment.selection import Selection, Verdict
 
 
+_SMALL = 1e8  # images × features² of a fit, up to which one thread is enough: some hundredths of a second
 _JUDGED = 5000  # labelled images that sets are judged on, at most: each trial of a set is a fit on them
 
 
@@ -153,7 +156,9 @@ def _said_together(run: Run, names: Sequence[str]) -> dict[str, Any]:
     features = lru_cache(run.settings.select.consider)(lambda name: labelled_features(run, name)[judged])
 
     def together(members: Sequence[str]) -> Tensor:
-        return together_held_out([features(name) for name in members], labels[judged], size)
+        found = [features(name) for name in members]
+        with _undisturbed(len(judged) * sum(one.shape[1] for one in found) ** 2):
+            return together_held_out(found, labels[judged], size)
 
     pixels = torch.cat([pixel_features(split.images()) for split in splits])[judged]
     return {
@@ -162,6 +167,28 @@ def _said_together(run: Run, names: Sequence[str]) -> dict[str, Any]:
         "together": together,
         "reference": together_held_out([pixels], labels[judged], size),
     }
+
+
+@contextmanager
+def _undisturbed(operations: float) -> Iterator[None]:
+    """Keep a small fit, which is hundreds of short steps, from waiting at every one of them.
+
+    Threads that share a step wait for each other, and each step for the interpreter: beside whoever else keeps the
+    processors busy (the records of the assessment are still being sent), a fit of a tenth of a second takes seconds.
+    """
+    import torch
+
+    if operations > _SMALL:
+        yield
+        return
+    threads, interval = torch.get_num_threads(), sys.getswitchinterval()
+    torch.set_num_threads(1)
+    sys.setswitchinterval(min(interval, 5e-4))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        sys.setswitchinterval(interval)
 
 
 def _judged(labels: Tensor, num_classes: int, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,6 +154,7 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
     }
     run.open_cluster()
     run.files.push()
+    began, first = time.perf_counter(), list[float]()
     left = sum(stop - start for group in groups for start, stop in group.ranges()) - sum(
         stop - start for _, start, stop in done
     )
@@ -176,6 +178,9 @@ def speak_all(run: Run, payloads: dict[str, SpeakPayload]) -> None:
             def on_task(index: int, row: dict[str, Any] | None, error: str | None) -> None:
                 name, _, start, stop = items[index]
                 advance(1, name, stop - start, None if row is None else row.get("seconds"))
+                if row is not None and not first:
+                    first.append(time.perf_counter() - began - row["seconds"])
+                    run.timed["tasks"] = max(first[0], 0.0)
 
             answers = map_tasks(speak_block, items, on_result=on_task, **limits)
             results = [(item[0], row, error) for item, (row, error) in zip(items, answers, strict=True)]
@@ -231,11 +236,13 @@ def make_speaker(payload: SpeakPayload) -> Callable[[int, int], dict[str, Any]]:
         return tensors, replace(output, logits=logits[:0], features=features[:0])
 
     def speak_rows(start: int, stop: int) -> dict[str, Any]:
+        began = time.perf_counter()
         views, told = zip(*(said(start, stop, view) for view in range(payload.augment.views or 1)), strict=True)
         tensors = {name: torch.stack([one[name] for one in views]) for name in views[0]}
         save_tensors(Path(payload.folder), payload.shard(start, stop), tensors)
         lost = sum(output.lost for output in told) / len(told)
-        return {"rows": stop - start, "note": max(output.note for output in told), "lost": lost}
+        note = max(output.note for output in told)
+        return {"rows": stop - start, "note": note, "lost": lost, "seconds": time.perf_counter() - began}
 
     return speak_rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,9 +208,14 @@ def _fit(
         if run.display.moving and workers.num_workers:
             advance(0, f"starting {workers.counts[-1]} workers")
 
+        reported: list[float] = []
+        began = time.perf_counter()
+
         def on_report(metrics: dict[str, Any]) -> None:
             if "epoch" not in metrics:  # of a checkpoint within an epoch
                 return
+            if not reported:
+                reported.append(time.perf_counter() - began - float(metrics.get("seconds", 0.0)))
             number, epoch = int(metrics["arm"]), int(metrics["epoch"])
             told = f"{title_of(missing[number])}, loss {metrics['loss']:.3f}"
             # After a restart some epochs are reported again: the bar only moves forward. Those that were there already
@@ -234,6 +240,8 @@ def _fit(
             resources_per_worker=resources_per_worker(run),
             on_term=True,
         )
+        if workers.num_workers and reported:
+            run.timed["group"] = max(reported[0], 0.0)
 
 
 def images_of(run: Run, item: Arm, loop: LoopSpec | None = None) -> int:

@@ -64,3 +64,9 @@ def environment(**values: str) -> Iterator[None]:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+
+
+def load() -> None:
+    """Import MLflow, prepared: what takes seconds is then over."""
+    prepare()
+    import mlflow  # noqa: F401

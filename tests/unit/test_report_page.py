@@ -255,6 +255,10 @@ def test_a_plan_stands_beside_what_was_taken(tmp_path: Path) -> None:
     write_json(made.root / "plan.json", plan)
     cells = page_of(made.root).rows("cost")[-1]
     assert [cell[0] for cell in cells] == ["assess", "", "2.5 s", "3.0 s", "1.20"]
+    write_json(made.root / "plan.json", plan | {"made": 9e12})
+    assert "made after these stages had run" in page_of(made.root).by_id("cost")
+    (made.root / "plan.json").unlink()
+    assert "No plan was made before the run" in page_of(made.root).by_id("cost")
 
 
 def test_settings_are_there_without_credentials(whole: Page) -> None:

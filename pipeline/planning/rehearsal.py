@@ -1,0 +1,171 @@
+"""What starting takes, tried: a local Ray and its first workers in a process of their own, pictures, an export.
+
+These are the run's own calls, on nothing: no teacher is loaded, no image is read, and all that is written goes with a
+temporary folder. ``python -m pipeline.planning.rehearsal`` reads what to try from its standard input and prints a line
+of JSON for each part that is over, so that whoever grows impatient keeps what has been measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.spec import ClusterSpec
+from pipeline.config import Settings
+from pipeline.planning.work import Work
+
+# What a worker imports before it begins: the trial of a teacher, a training.
+_WORKER = (
+    "pipeline.cluster.trainable",
+    "pipeline.cluster.worker",
+    "pipeline.stages.probe",
+    "pipeline.engine.arms",
+    "pipeline.assessment.probe",
+    "pipeline.models.sources",
+)
+_MOST = 40  # rows or columns of a picture, as in `pipeline.report.plots`
+_STATUS = Path("/proc/self/status")
+
+
+def starts(spec: ClusterSpec, beside: int, limit: float) -> dict[str, float]:
+    """Start a local Ray and its first workers in another process, for `limit` seconds at most.
+
+    Parameters
+    ----------
+    spec : ClusterSpec
+    beside : int
+        Workers that begin together.
+    limit : float
+
+    Returns
+    -------
+    dict
+        As far as it came: ``driver``, until Ray was imported; ``session``, until it had started; ``tasks``, until
+        workers had imported what they need; and ``resident``, the bytes that one of them then had.
+    """
+    asked = json.dumps({"cluster": spec.model_dump(mode="json"), "beside": beside})
+    command = [sys.executable, "-m", "pipeline.planning.rehearsal"]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(entry for entry in sys.path if entry))
+    try:
+        said = subprocess.run(
+            command, input=asked, capture_output=True, text=True, timeout=limit, check=False, env=environment
+        ).stdout
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout or ""
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+    found: dict[str, float] = {}
+    for line in said.splitlines():
+        if line.startswith("{") and line.endswith("}"):
+            found |= json.loads(line)
+    return found
+
+
+def main() -> None:
+    """Try Ray, and tell what came of it."""
+    asked = json.load(sys.stdin)
+    began = time.perf_counter()
+    from pipeline.cluster.session import session
+
+    _tell(driver=time.perf_counter() - began)
+    began = time.perf_counter()
+    with session(ClusterSpec(**asked["cluster"])):
+        _tell(session=time.perf_counter() - began)
+        from pipeline.cluster.tasks import map_tasks
+
+        began = time.perf_counter()
+        answers = map_tasks(a_worker, list(range(asked["beside"])))
+        seconds = time.perf_counter() - began
+        known = [value for value, error in answers if value is not None]
+        if known:
+            _tell(tasks=seconds, resident=max(known))
+
+
+def _tell(**found: float) -> None:
+    print(json.dumps(found), flush=True)
+
+
+def a_worker(number: int) -> int:
+    """Import what workers import; return the bytes that the process then has in memory, 0 where nothing says it."""
+    import importlib
+
+    for name in _WORKER:
+        importlib.import_module(name)
+    try:
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
+
+
+def pictures(classes: int, teachers: int) -> dict[str, float]:
+    """Draw a matrix between classes and a list of teachers.
+
+    Returns
+    -------
+    dict
+        ``first``, what the first picture takes longer than the next; ``matrix``, ``panel``.
+    """
+    import numpy as np
+
+    from pipeline.report.plots import plot_plan, plot_scores
+
+    names = [f"class {number}" for number in range(min(classes, _MOST))]
+    mass = np.random.default_rng(0).random((len(names), len(names)))
+    rows = [
+        {"teacher": f"teacher {number}", "score": number / 10, "score_low": number / 10 - 1, "score_high": number}
+        for number in range(min(teachers, _MOST))
+    ]
+    with tempfile.TemporaryDirectory(prefix="faculty-plan-") as folder:
+
+        def matrix() -> None:
+            plot_plan(mass, names, names, Path(folder) / "plan.png", title="from a teacher's classes to the task's")
+
+        first, again = _seconds(matrix), _seconds(matrix)
+        panel = _seconds(lambda: plot_scores(rows, Path(folder) / "scores.png"))
+    return {"first": max(first - again, 0.0), "matrix": again, "panel": panel}
+
+
+def export(settings: Settings, work: Work) -> float:
+    """Return the seconds to export a student as it is registered, and to compare the two."""
+    import numpy as np
+
+    from pipeline.models.student import build_student
+    from pipeline.tracking.export import check_export, export_student, logits_of
+    from pipeline.tracking.quiet import load
+
+    load()  # which a run has done before
+    facts = work.facts
+    names = [f"class {number}" for number in range(facts.classes)]
+    student = build_student(settings.distill.student, len(names), facts.shape).eval()
+    example = np.random.default_rng(0).integers(0, 256, (4, *facts.shape), dtype=np.uint8)
+    with tempfile.TemporaryDirectory(prefix="faculty-plan-") as folder:
+        path = Path(folder) / "model"
+
+        def once() -> None:
+            expected = logits_of(student, example, names)
+            export_student(student, path, image_shape=facts.shape, num_classes=len(names), metadata={})
+            check_export(path, student, example, expected)
+
+        return _seconds(once)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def known(found: Mapping[str, float]) -> bool:
+    """Return whether former runs have told all that is tried here."""
+    return {"session", "trials", "tasks", "group", "resident"} <= found.keys()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,13 +12,12 @@ from pipeline.engine.checkpoint import plain
 from pipeline.errors import FacultyError
 from pipeline.stages.amalgamate import chosen
 from pipeline.stages.artefacts import write_json
-from pipeline.stages.assess import Assess, _row
+from pipeline.stages.assess import Assess, payload_of, row_of
 from pipeline.stages.base import Run
-from pipeline.stages.outputs import CachedTeacher
 from pipeline.stages.probe import ProbePayload, build_probe
 from pipeline.stages.recording_teachers import TeacherRuns
 from pipeline.stages.rungs import assess_rung
-from pipeline.stages.teachers import TeacherJob, carried, has_labels, outputs_folder, table_of
+from pipeline.stages.teachers import carried, has_labels, outputs_folder, table_of
 
 _OUTPUTS = "outputs.safetensors"
 _TINY = 1e-12  # below what half precision keeps of a probability
@@ -61,16 +60,7 @@ class CachedAssess(Assess):
         from pipeline.assessment.halving import Standing
 
         settings = run.settings.assess
-        payloads = {
-            name: ProbePayload(
-                TeacherJob.of(run, name, homes[name], settings.resources),
-                str(outputs_folder(run, name)),
-                CachedTeacher.of(run, name),
-                settings,
-                last_rung=len(climbing),
-            )
-            for name in names
-        }
+        payloads = {name: payload_of(run, name, homes[name], climbing) for name in names}
         probe = build_probe(run, rungs=settings.search.rungs if climbing else (1.0,))
         rows: dict[str, dict[str, Any]] = {}
         found: dict[str, dict[str, Any]] = {}
@@ -79,7 +69,7 @@ class CachedAssess(Assess):
 
             def keep(name: str, result: dict[str, Any]) -> None:
                 rung = None if "error" in result else result["rung"] + 1
-                rows[name] = row = _row(run, name, result | {"rung": rung})
+                rows[name] = row = row_of(run, name, result | {"rung": rung})
                 if row["error"] is None:
                     write_json(homes[name] / "row.json", row | {"search": search})
                 complete(row)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Iterator
 from html import escape
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from pipeline.face import html
 from pipeline.report.console import Advance, pace_told
 from pipeline.report.pace import Pace
 
@@ -57,12 +61,35 @@ def notebook_bar(title: str, total: int, unit: str, pace: Pace) -> Iterator[Adva
 @contextlib.contextmanager
 def notebook_working(what: str) -> Iterator[None]:
     """Say that something without countable steps is going on, as long as it does."""
-    line = _Line()
+    line, began = _Line(), time.monotonic()
     line.show(f"{what} …")
     try:
         yield
-    finally:
-        line.show("")
+    finally:  # an output that was emptied would leave a gap
+        line.show(f"{what}: {time.monotonic() - began:.1f} s")
+
+
+def show_table(table: Table) -> None:
+    """Show a console's table as one of the page."""
+    from IPython.display import DisplayHandle
+
+    heads: dict[str, str] = {}
+    for column in table.columns:
+        name = plain(column.header)
+        while name in heads:  # two columns of one name
+            name += " "
+        heads[name] = "right" if column.justify == "right" else "left"
+    rows = zip(*([html.text(plain(cell)) for cell in column.cells] for column in table.columns), strict=True)
+    shown = html.table(heads, [list(row) for row in rows], title=plain(table.title or ""))
+    console = Console(file=io.StringIO(), width=WIDTH)
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    DisplayHandle().display({"text/plain": text, "text/html": shown}, raw=True)
+
+
+def plain(cell: Any) -> str:
+    """Return what a cell says, without its markup."""
+    return cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain
 
 
 class _Line:

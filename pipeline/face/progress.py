@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.face.notebook import WIDTH, in_notebook, notebook_bar, notebook_console, notebook_working
-from pipeline.report.console import Advance, Display
+from pipeline.face.notebook import WIDTH, in_notebook, notebook_bar, notebook_console, notebook_working, show_table
+from pipeline.report.console import Advance, Display, unit_of
 from pipeline.report.pace import Pace
 
 
@@ -51,7 +51,9 @@ class CallDisplay(Display):
             with super().bar(title, total, unit, work=work, at_once=at_once) as advance:
                 yield advance
             return
-        with notebook_bar(title, total, unit or title, Pace(total if work is None else work, at_once)) as advance:
+        with notebook_bar(
+            title, total, unit_of(title, unit), Pace(total if work is None else work, at_once)
+        ) as advance:
             yield advance
 
     @contextlib.contextmanager
@@ -68,7 +70,11 @@ class CallDisplay(Display):
 
     def table(self, table: Table) -> None:
         """Print a table."""
-        if not self._former:
+        if self._former:
+            return
+        if self._notebook:
+            show_table(table)
+        else:
             super().table(table)
 
     def note(self, text: str) -> None:

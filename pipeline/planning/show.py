@@ -118,10 +118,11 @@ def _stages(plan: Plan, display: Display) -> None:
     total = seconds(plan.seconds) if plan.seconds is not None else f"more than {seconds(known)}"
     display.note(f"all stages: {total}{cost}; throughputs {_ORIGINS[plan.rates.origin]}")
     if plan.work.assumed and plan.work.faculty:
-        names = ", ".join(one.name for one in plan.work.faculty[:4])
-        display.note(
-            f"who teaches is not known yet: the most costly {len(plan.work.faculty)} are counted ({escape(names)})"
-        )
+        names, count = ", ".join(one.name for one in plan.work.faculty[:4]), len(plan.work.faculty)
+        most = "the most costly one is" if count == 1 else f"the most costly {count} are"
+        display.note(f"who teaches is not known yet: {most} counted ({escape(names)})")
+    if plan.price is not None and not priced:
+        display.note("--price is that of a GPU, and there is none: no cost is told; --cluster describes other machines")
 
 
 def _memory(plan: Plan, display: Display) -> None:

@@ -74,14 +74,13 @@ class Display:
         total : int
             Steps.
         unit : str
-            What the rate counts, in the plural; by default the title, for steps.
+            What the rate counts, in the plural; by default the title where it is one, else steps.
         work : float, optional
             All work, where steps differ in it, in `unit`; by default every step is as much as another.
         at_once : int
             How many steps are done side by side.
         """
-        pace = Pace(total if work is None else work, at_once)
-        unit = unit or title
+        pace, unit = Pace(total if work is None else work, at_once), unit_of(title, unit)
         if not self.console.is_terminal:
             yield _Lines(self.console, title, total, unit, pace)
             return
@@ -125,6 +124,11 @@ class _Left(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return both; nothing before the first step, when nobody can know."""
         return Text(pace_told(self._pace, self._unit, task.finished), style="cyan")
+
+
+def unit_of(title: str, unit: str = "") -> str:
+    """Return what a bar's rate counts: `unit`, else the title where it is a plural, else steps."""
+    return unit or (title if title.endswith("s") else "steps")
 
 
 def pace_told(pace: Pace, unit: str, finished: bool) -> str:

@@ -59,7 +59,7 @@ def promote_student(
     if not done.moved:
         display.note(f"{where} is version {done.version} already")
         return
-    display.note(f"{where}  version {done.former or 'none'} → version {done.version}")
+    display.note(f"{where}  {f'version {done.former}' if done.former else 'nothing'} → version {done.version}")
     if done.forced:
         display.warn("the gate was overruled; the version's tag faculty.promoted says so")
     if not back and done.former is not None:

@@ -102,6 +102,8 @@ def _select(run: Run) -> None:
         run.display.warn(f"do not transfer: {choice['verdict']}")
 
 
+_SCORE, _REASON = 9, 30  # characters of a score's column, and those that a reason should have at least
+_BESIDE = 47  # of classes, params, score and chosen, and the gaps
 _SHOWN = 40  # teachers in a table: of thousands the best are enough, all are in the artefact
 
 
@@ -112,13 +114,17 @@ def _teachers(run: Run, choice: dict[str, Any] | None) -> None:
     thinned = any(row["dropped"] for row in rows)
     scores = [name for name in _COLUMNS if any(row[name] is not None for row in rows)]
     scores += own_columns(run.settings.assess)
+    shown_rows = _worth_showing(rows, choice)
+    left_out = _too_wide(run, shown_rows, scores) if choice else []
+    scores = [name for name in scores if name not in left_out]
     heads = (_COLUMNS.get(name, name.removeprefix("own.")) for name in scores)
     numbers = ("classes", "params", *(["images"] if thinned else []), "score", *heads)
     shown = table("teacher", *numbers, *(("chosen", "why") if choice else ("s", "MB", "problem")))
     for column in shown.columns[1 : len(numbers) + (1 if choice else 3)]:
         column.justify = "right"
-    shown.columns[0].no_wrap = True
-    for row in _worth_showing(rows, choice):
+    for column in shown.columns[: len(numbers) + 1]:
+        column.no_wrap = True
+    for row in shown_rows:
         cells = [escape(row["teacher"]), _number(row["classes"], "d"), _number(row["parameters"], ",d")]
         cells += [_number(row["images"], "d")] * thinned
         cells += [_interval(row), *(_number(row[name], ".3f") for name in scores)]
@@ -130,6 +136,9 @@ def _teachers(run: Run, choice: dict[str, Any] | None) -> None:
             cells += ["[green]yes[/]" if chosen else "", escape(choice["reasons"][row["teacher"]])]
         shown.add_row(*cells)
     run.display.table(shown)
+    if left_out:
+        names = ", ".join(_COLUMNS.get(name, name.removeprefix("own.")) for name in left_out)
+        run.display.note(f"not shown for want of room: {names}; a wider terminal and the report have them")
     if len(rows) > len(shown.rows):
         run.display.note(f"{len(rows) - len(shown.rows)} more in {run.folder('assess') / 'assessment.parquet'}")
     if not run.records["assess"].summary["labels"]:
@@ -137,6 +146,17 @@ def _teachers(run: Run, choice: dict[str, Any] | None) -> None:
             "no labels: scores tell how sure and how versatile the teachers are, and how far they agree, not "
             "whether they are right"
         )
+
+
+def _too_wide(run: Run, rows: list[dict[str, Any]], scores: list[str]) -> list[str]:
+    """Return the scores that a terminal's table leaves out so that the reasons keep their room; the last go first."""
+    console = run.display.console
+    if not console.is_terminal:
+        return []
+    teacher = max(len("teacher"), *(len(row["teacher"]) for row in rows))
+    room = console.width - teacher - _BESIDE - _REASON
+    fitting = max(room // _SCORE, 1)
+    return scores[fitting:]
 
 
 def _worth_showing(rows: list[dict[str, Any]], choice: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.config import Settings
@@ -267,11 +268,17 @@ def test_progress_in_a_notebook_is_one_line_that_is_rewritten(
     with display.stage("assess"):
         with display.working("reading <all>"):
             assert "reading &lt;all&gt; …" in page.outputs[0]["text/html"]
-        assert page.outputs[0]["text/plain"] == ""
+        assert page.outputs[0]["text/plain"].startswith("reading <all>: 0.")
         with display.bar("teachers", 500) as advance:
             for _ in range(500):
                 advance(1, "a<b")
         display.note("done")
+        shown = Table("teacher", "score", title="found")
+        shown.columns[1].justify = "right"
+        shown.add_row(escape("a<b> [1]"), "[red]0.5[/]")
+        display.table(shown)
+    told = page.outputs.pop()["text/html"]
+    assert "a&lt;b&gt; [1]" in told and ">0.5<" in told and "found" in told and "[red]" not in told
     assert len(page.outputs) == 2 and page.told < 20  # not a message for each step
     assert page.outputs[1]["text/plain"].startswith("teachers 500/500  ")
     assert page.outputs[1]["text/plain"].endswith("  a<b")

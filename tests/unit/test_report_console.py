@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.report.console import Display
+from pipeline.report.console import Display, unit_of
 from pipeline.report.pace import Pace, shown_rate, shown_time
 
 
@@ -89,6 +89,7 @@ def test_rates_and_times_are_short() -> None:
     assert shown_rate(5210.4, "images") == "5,210 images/s"
     assert shown_rate(3.14159, "images") == "3.14 images/s"
     assert shown_rate(0.5, "teachers") == "2.0 s/teacher"
+    assert [unit_of(title) for title in ("trials", "calibration", "teachers on paper")] == ["trials", "steps", "steps"]
     assert shown_rate(1 / 700, "trials") == "11:40/trial"
     assert [shown_time(seconds) for seconds in (4.6, 80, 3723)] == ["0:05", "1:20", "1:02:03"]
 

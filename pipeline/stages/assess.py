@@ -209,22 +209,17 @@ class Assess:
                 shared=probe,
                 verbose=run.verbose,
             )
-        run.timed.update(_starts(run, rows, time.perf_counter() - began))
+        run.timed.update(_starts(run, rows, at_once, time.perf_counter() - began))
         tell_kept(run, told.items())
         tidy_cache(run)
         return rows, passing
 
 
-def _starts(run: Run, rows: Mapping[str, dict[str, Any]], seconds: float) -> dict[str, float]:
-    """Return what starting took among the seconds of a search, see `Run.timed`."""
-    from pipeline.cluster.session import slots
-
-    settings = run.settings.assess.resources
-    asked = {key: value for key, value in {"CPU": settings.cpus, "GPU": settings.gpus}.items() if value > 0}
-    beside = min(slots(asked), len(rows), settings.max_concurrent or len(rows))
+def _starts(run: Run, rows: Mapping[str, dict[str, Any]], at_once: int, seconds: float) -> dict[str, float]:
+    """Return what starting took among the seconds of a search, see `Run.timed`; nothing of a cluster elsewhere."""
     took = [row["seconds"] for row in rows.values() if row["error"] is None and row["seconds"] is not None]
-    start = start_of(took, beside, seconds)
     peaks = [row["peak_mb"] for row in rows.values() if row["peak_mb"]]
+    start = start_of(took, at_once, seconds)
     if start is None or not peaks or not run.settings.cluster.local:
         return {}
     return {"trials": start, "resident": min(peaks) * 2**20}

@@ -100,11 +100,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def environment() -> dict[str, Any]:
     """Return what the run was computed with: Python, system, processors, versions of all installed packages."""
-    packages = {
-        str(found.metadata["Name"]): found.version
-        for found in importlib.metadata.distributions()
-        if found.metadata["Name"]
-    }
+    about = (found.metadata for found in importlib.metadata.distributions())  # each look reads and parses a file
+    packages = {str(one["Name"]): one["Version"] for one in about if one["Name"]}
     return {
         "faculty": version(),
         "python": sys.version.split()[0],

@@ -40,6 +40,8 @@ OUTSIDE = {
     "kubectl": "not installed where tests run",
     "cp": "of the system",
     "curl": "of the system",
+    "uv": "of the installation",
+    "jupyter": "not among the locked packages",
     "export": "of the shell",
     "source": "of the shell",
     "pip": "of Python",

@@ -127,6 +127,8 @@ def calm(verbose: bool) -> Iterator[None]:
 
 def beside(resources: dict[str, float], count: int, most: int | None = None) -> int:
     """Return how many of `count` calls with these resources run side by side now, `most` at most; at least 1."""
+    if not ray.is_initialized():  # nobody else is there to be called
+        return 1
     return max(min(slots(resources), count, most or count), 1)
 
 

@@ -18,6 +18,7 @@ from pipeline.report.console import Display
 from pipeline.settings_files import load_settings
 from pipeline.stages.run import run_pipeline
 from tests import tiny
+from tests.inprocess import without_ray
 
 pytestmark = pytest.mark.integration
 
@@ -74,7 +75,14 @@ def seen(run_dir: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def searched(cluster, world):
+    """The trials of the search on Ray; what the stage makes of other settings is seen without it."""
     return run(world, *SEARCH)
+
+
+@pytest.fixture
+def here():
+    with without_ray():
+        yield
 
 
 def test_the_best_see_all_images_and_the_others_half_of_the_labelled_ones(searched, world):
@@ -102,7 +110,7 @@ def test_the_best_see_all_images_and_the_others_half_of_the_labelled_ones(search
     assert "images" in text and "dropped: score" in text
 
 
-def test_other_settings_run_no_teacher_again(searched, world):
+def test_other_settings_run_no_teacher_again(searched, here, world):
     _, before, _ = searched
     files = {path: path.stat().st_mtime_ns for path in (world / "run" / "outputs").glob("*/outputs.safetensors")}
     _, rows, _ = run(world, *SEARCH, "assess.neighbours=3", "assess.scores=[knn, nce, logme, h_score, gbc, otce]")
@@ -113,7 +121,7 @@ def test_other_settings_run_no_teacher_again(searched, world):
         assert row["leep"] is None and (row["error"] or None not in (row["nce"], row["logme"], row["otce"]))
 
 
-def test_a_search_that_was_cut_off_ends_like_one_that_was_not(searched, world, tmp_path):
+def test_a_search_that_was_cut_off_ends_like_one_that_was_not(searched, here, world, tmp_path):
     _, before, _ = searched
     copy = tmp_path / "cut"
     shutil.copytree(world, copy)
@@ -135,7 +143,7 @@ def test_a_search_that_was_cut_off_ends_like_one_that_was_not(searched, world, t
     assert kept.exists()
 
 
-def test_names_thin_the_zoo_before_anyone_is_run(cluster, world):
+def test_names_thin_the_zoo_before_anyone_is_run(here, world):
     catalogue = world / "zoo.parquet"
     write_catalogue(load_zoo(world / "zoo.yaml"), catalogue)
     run_dir = world / "by_names"
@@ -149,7 +157,7 @@ def test_names_thin_the_zoo_before_anyone_is_run(cluster, world):
     assert "class level" in text
 
 
-def test_cards_thin_the_zoo_too(cluster, world, tmp_path):
+def test_cards_thin_the_zoo_too(here, world, tmp_path):
     from typer.testing import CliRunner
 
     from jobs.cli import app
@@ -187,7 +195,7 @@ def test_cards_thin_the_zoo_too(cluster, world, tmp_path):
 NO_LABELS = [f"task.splits.{name}=0" for name in ("train_labelled", "probe", "validation", "test")]
 
 
-def test_without_labels_teachers_are_ranked_by_what_they_say(cluster, world):
+def test_without_labels_teachers_are_ranked_by_what_they_say(here, world):
     run_dir = world / "no_labels"
     _, rows, text = run(world, f"run_dir={run_dir}", *NO_LABELS, "assess.unlabelled=100")
     by_name = {row["teacher"]: row for row in rows}

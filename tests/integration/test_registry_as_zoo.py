@@ -23,6 +23,7 @@ from pipeline.settings_files import load_settings
 from pipeline.stages.run import run_pipeline
 from pipeline.stages.teachers import source_options
 from tests import tiny
+from tests.inprocess import without_ray
 from tests.loopback import TrackingServer
 
 pytestmark = [
@@ -71,6 +72,12 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def here():
+    with without_ray():
+        yield
+
+
 def faculty(*arguments: object) -> tuple[int, str]:
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
@@ -88,7 +95,7 @@ def assess(world: Path, *overrides: str):
     return records, rows, console.export_text()
 
 
-def test_a_zoo_in_the_registry_is_assessed_as_its_files_are(server, cluster, world, credentials, capfd):
+def test_a_zoo_in_the_registry_is_assessed_as_its_files_are(server, here, world, credentials, capfd):
     push = ("zoo", "push", world / "zoo.yaml", "--prefix", "acme-", "--tag", "task=shapes", "--alias", "live")
     push += ("--reference", "mixed")
     code, out = faculty(*push)

@@ -9,7 +9,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from pipeline.assessment.halving import Standing
-from pipeline.cluster import tasks, trials
 from pipeline.cluster.spec import ClusterSpec
-from pipeline.engine.checkpoint import plain
 from pipeline.report.console import Display
 from pipeline.settings_files import load_settings
 from pipeline.stages import recording_trainings
@@ -33,6 +30,7 @@ from pipeline.stages.recording_trainings import TrainingRuns
 from pipeline.stages.run import run_pipeline
 from pipeline.stages.teachers import table_of
 from pipeline.tracking.tracker import Tracker
+from tests.inprocess import without_ray
 from tests.recorder import Recorder
 from tests.tiny import SHAPES, make_data, make_settings, make_zoo, write_zoo
 
@@ -40,53 +38,10 @@ EPOCHS = 3
 SEARCH = {"search": {"rungs": [0.5, 1], "eta": 2, "least": 2}}
 
 
-def run_trials(function: Callable[..., Any], items: Any, **how: Any) -> dict[str, Any]:
-    """Climb rung by rung as Tune's trials do, in this process."""
-    payloads = {item.name: item.payload for item in items}
-    standing, rows, waiting = Standing(len(payloads), how["climbing"]), {}, dict.fromkeys(payloads, 0)
-
-    def deliver(name: str, row: dict[str, Any]) -> None:
-        rows[name] = row | {"seconds": 1.0, "peak_mb": 2.0, "trial_id": f"trial_{len(rows)}"}
-        how["on_result"](name, dict(rows[name]))
-
-    found: dict[str, dict[str, Any]] = {}
-    while waiting:
-        name, rung = waiting.popitem()
-        try:
-            found[name] = plain(function(payloads[name], rung=rung, shared=how["shared"])) | {"rung": rung}
-        except Exception as error:
-            deliver(name, {"error": str(error).splitlines()[0], "error_type": type(error).__name__})
-            standing.leave(name)
-        else:
-            if rung < len(how["climbing"]):
-                standing.enter(name, rung, found[name]["score"])
-            else:
-                deliver(name, found[name])
-                standing.leave(name)
-        for decision in standing.settle():
-            if decision.climbs:
-                waiting[decision.name] = found[decision.name]["rung"] + 1
-            else:
-                deliver(decision.name, found[decision.name] | {"dropped": decision.reason})
-    return rows
-
-
-def map_tasks(function: Callable[..., Any], items: Any, *, on_result: Callable[..., None], **how: Any) -> list[Any]:
-    """Call the function for every item, in this process."""
-    results = []
-    for index, item in enumerate(items):
-        results.append((function(item), None))
-        on_result(index, *results[-1])
-    return results
-
-
 @contextlib.contextmanager
 def here(store: Recorder) -> Iterator[None]:
     """Let the pipeline run in this process and record in `store`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "run_trials", run_trials)
-        patch.setattr(tasks, "map_tasks", map_tasks)
-        patch.setattr(Run, "open_cluster", lambda self: None)
+    with without_ray() as patch:
 
         def open_tracker(*arguments: Any, key: str, name: str, tags: Any, params: Any, **how: Any) -> Any:
             return store.run(name, key=key, tags=tags, params=params)

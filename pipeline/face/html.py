@@ -8,6 +8,7 @@ from typing import Any
 
 _WIDE, _HIGH = 120, 14  # of an interval's picture, in pixels
 _CELL = "padding:2px 10px;text-align:{side};vertical-align:top"
+_NUMBER = ";white-space:nowrap"  # what stands on the right is one
 MARK = "✓"
 
 
@@ -27,7 +28,7 @@ def table(
     notes : sequence of str
         Lines below, text.
     """
-    cells = [_CELL.format(side=side) for side in heads.values()]
+    cells = [_CELL.format(side=side) + _NUMBER * (side == "right") for side in heads.values()]
     head = "".join(
         f'<th style="{style}" scope="col">{escape(name)}</th>' for name, style in zip(heads, cells, strict=True)
     )

@@ -18,6 +18,8 @@ from pipeline.report.console import Advance, pace_told
 from pipeline.report.pace import Pace
 
 _EVERY_S = 0.3  # between two messages to the page: an output is kept with all of them while a cell runs
+_STYLE = "font-family:monospace;font-size:var(--jp-code-font-size,13px);white-space:pre-wrap;padding-left:1.2em"
+_LONG_S = 1.0  # what takes less is of no interest afterwards
 WIDTH = 100  # of a table in characters; a page breaks lines that are wider than it
 
 
@@ -58,15 +60,25 @@ def notebook_bar(title: str, total: int, unit: str, pace: Pace) -> Iterator[Adva
     yield advance
 
 
-@contextlib.contextmanager
-def notebook_working(what: str) -> Iterator[None]:
-    """Say that something without countable steps is going on, as long as it does."""
-    line, began = _Line(), time.monotonic()
-    line.show(f"{what} …")
-    try:
-        yield
-    finally:  # an output that was emptied would leave a gap
-        line.show(f"{what}: {time.monotonic() - began:.1f} s")
+class Working:
+    """One line for all that goes on without countable steps: what goes on now, and then what took over a second."""
+
+    def __init__(self) -> None:
+        self._line, self._kept = _Line(), ""
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Say that something is going on, as long as it does."""
+        began = time.monotonic()
+        self._line.show(f"{what} …")
+        try:
+            yield
+        finally:  # an output that was emptied would leave a gap
+            took = time.monotonic() - began
+            told = f"{what}: {took:.1f} s"
+            if took > _LONG_S:
+                self._kept = f"{self._kept}, {told}" if self._kept else told
+            self._line.show(self._kept or told)
 
 
 def show_table(table: Table) -> None:
@@ -81,7 +93,7 @@ def show_table(table: Table) -> None:
         heads[name] = "right" if column.justify == "right" else "left"
     rows = zip(*([html.text(plain(cell)) for cell in column.cells] for column in table.columns), strict=True)
     shown = html.table(heads, [list(row) for row in rows], title=plain(table.title or ""))
-    console = Console(file=io.StringIO(), width=WIDTH)
+    console = Console(file=io.StringIO(), width=WIDTH, force_jupyter=False)
     console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     DisplayHandle().display({"text/plain": text, "text/html": shown}, raw=True)
@@ -104,7 +116,7 @@ class _Line:
         )
         content = {
             "text/plain": text,
-            "text/html": f'<div style="font-family:monospace;white-space:pre-wrap">{bar}{escape(text)}</div>',
+            "text/html": f'<div style="{_STYLE}">{bar}{escape(text)}</div>',
         }
         if self._handle is None:
             self._handle = DisplayHandle()

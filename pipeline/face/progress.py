@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.face.notebook import WIDTH, in_notebook, notebook_bar, notebook_console, notebook_working, show_table
+from pipeline.face.notebook import WIDTH, Working, in_notebook, notebook_bar, notebook_console, show_table
 from pipeline.report.console import Advance, Display, unit_of
 from pipeline.report.pace import Pace
 
@@ -29,7 +29,7 @@ class CallDisplay(Display):
         super().__init__(notebook_console(quiet) if self._notebook else Console(highlight=False, quiet=quiet))
         if self._notebook:
             self.console.width = WIDTH
-        self._former = False
+        self._former, self._working = False, Working()
 
     @property
     def moving(self) -> bool:
@@ -39,7 +39,7 @@ class CallDisplay(Display):
     @contextlib.contextmanager
     def working(self, what: str) -> Iterator[None]:
         """Show that something without countable steps is going on."""
-        with notebook_working(what) if self._notebook else super().working(what):
+        with self._working.on(what) if self._notebook else super().working(what):
             yield
 
     @contextlib.contextmanager
@@ -59,7 +59,7 @@ class CallDisplay(Display):
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage, and the time it took once it is over."""
-        self._former = False
+        self._former, self._working = False, Working()
         with super().stage(name):
             yield
 

@@ -269,6 +269,8 @@ def test_progress_in_a_notebook_is_one_line_that_is_rewritten(
         with display.working("reading <all>"):
             assert "reading &lt;all&gt; …" in page.outputs[0]["text/html"]
         assert page.outputs[0]["text/plain"].startswith("reading <all>: 0.")
+        with display.working("starting Ray"):
+            assert page.outputs[0]["text/plain"] == "starting Ray …"  # in the same place
         with display.bar("teachers", 500) as advance:
             for _ in range(500):
                 advance(1, "a<b")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.splits import SPLITS, UNLABELLED
+from pipeline.data.whole import replacing
 from pipeline.errors import DataError
 
 FILE_NAME = "images.arrow"
@@ -156,26 +155,16 @@ def write_table(
     schema = layout.schema()
     rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // layout.row_bytes))
     names = pa.array(SPLITS, pa.string())
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as sink:
-            with pa.ipc.new_file(sink, schema) as writer:
-                for start in range(0, len(ids), rows):
-                    part = slice(start, min(start + rows, len(ids)))
-                    columns = [
-                        fixed_binary(ids[part]),
-                        images(part),
-                        pa.array(labels[part], pa.int32(), mask=labels[part] == UNLABELLED),
-                        pa.DictionaryArray.from_arrays(pa.array(codes[part], pa.int8()), names),
-                    ]
-                    writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-            sink.flush()
-            os.fsync(sink.fileno())  # else a crash of the machine could leave the name on an empty file
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as sink, pa.ipc.new_file(sink, schema) as writer:
+        for start in range(0, len(ids), rows):
+            part = slice(start, min(start + rows, len(ids)))
+            columns = [
+                fixed_binary(ids[part]),
+                images(part),
+                pa.array(labels[part], pa.int32(), mask=labels[part] == UNLABELLED),
+                pa.DictionaryArray.from_arrays(pa.array(codes[part], pa.int8()), names),
+            ]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
 
 
 def fixed_binary(rows: np.ndarray) -> pa.Array:

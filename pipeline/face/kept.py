@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.data.whole import replacing
 from pipeline.errors import UserError
-from pipeline.models.files import replacing
 
 KEPT = "runs/kept"
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.data.whole import replacing
 from pipeline.errors import TeacherError, UserError
-from pipeline.models.files import replacing
 from pipeline.models.teacher import Teacher, predict
 
 FORMAT_VERSION = 1

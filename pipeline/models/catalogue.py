@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.whole import replacing
 from pipeline.errors import ConfigError
-from pipeline.models.files import replacing
 from pipeline.models.spec import NAME_PATTERN, TeacherSpec
 from pipeline.models.zoo import Zoo, absolute, relative
 from pipeline.strict import validate

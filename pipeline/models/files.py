@@ -1,16 +1,12 @@
-"""Files as files: whether weights are there, their hash, and writing a file whole. Imports no torch."""
+"""Weight files as files: whether they are there, and their hash. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 
 def file_sha256(path: str | Path) -> str:
@@ -44,26 +40,3 @@ def missing(path: str | Path) -> str | None:
     if not os.access(path, os.R_OK):
         return "may not be read"
     return None
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Write a file that appears under its name, in the place of an older one, when it is complete.
-
-    Raises
-    ------
-    OSError
-        When it can't be written; an older one stays as it was.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as sink:
-            yield sink
-            sink.flush()
-            os.fsync(sink.fileno())  # else a crash of the machine could leave the name on an empty file
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

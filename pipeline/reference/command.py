@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from pipeline.data.whole import replacing
 from pipeline.errors import UserError
-from pipeline.models.files import replacing
 
 
 def schema_text() -> str:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from pipeline.config import Settings
+from pipeline.data.whole import replacing
 from pipeline.errors import ConfigError, TeacherError, UserError
-from pipeline.models.files import replacing
 from pipeline.places import local_place
 from pipeline.report.console import Display
 

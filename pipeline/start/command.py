@@ -13,8 +13,9 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from pipeline.data.whole import replacing
 from pipeline.errors import ConfigError, UserError
-from pipeline.models.files import missing, replacing
+from pipeline.models.files import missing
 from pipeline.models.spec import TRUSTED_FACTORIES
 from pipeline.reference.command import schema_text
 from pipeline.report.console import Display

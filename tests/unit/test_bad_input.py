@@ -12,26 +12,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from jobs.cli import main
+from tests.command import Command
 from tests.tiny import make_data, make_settings, make_zoo, write_zoo
-
-
-def faculty(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str, str]:
-    """Run the command line in this process; return exit code, output and errors."""
-    monkeypatch.setattr("sys.argv", ["faculty", *map(str, arguments)])
-    monkeypatch.delenv("FACULTY_VERBOSE", raising=False)
-    code: int | str | None = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code
-    out, err = capsys.readouterr()
-    return int(code or 0), out, err
 
 
 @pytest.fixture
 def cli(capsys, monkeypatch):
-    return lambda *arguments: faculty(capsys, monkeypatch, *arguments)
+    return Command(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import torch
 import yaml
 from PIL import Image
 
-from jobs.cli import main
 from pipeline.errors import TeacherError
 from pipeline.models import examples
 from pipeline.models.cards import Card, CardStore, make_card
@@ -20,6 +19,7 @@ from pipeline.models.sources import load_teacher
 from pipeline.models.spec import TeacherSpec
 from pipeline.models.teacher import Teacher
 from pipeline.models.zoo import Zoo, load_zoo
+from tests.command import Command
 from tests.tiny import SIDE, images, make_zoo, write_zoo
 
 
@@ -208,20 +208,7 @@ def test_examples_that_can_t_serve_are_told(world: Path, changes: Callable[[Path
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    """Run the command line in this process; return exit code, output with single spaces, and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["faculty", *map(str, arguments)])
-        monkeypatch.delenv("FACULTY_VERBOSE", raising=False)
-        code: int | str | None = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return int(code or 0), " ".join(out.split()), err
-
-    return run
+    return Command(capsys, monkeypatch).plainly
 
 
 def test_the_command_makes_what_is_missing_and_loads_nothing_again(world: Path, cli, monkeypatch) -> None:

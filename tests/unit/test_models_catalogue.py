@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.cli import main
 from pipeline.errors import ConfigError
 from pipeline.models.catalogue import Catalogue, write_catalogue
 from pipeline.models.zoo import Zoo, load_zoo
+from tests.command import Command
 
 
 def entry(name: str, path: str | None = None, **changes: object) -> dict:
@@ -245,20 +245,7 @@ def test_writing_fails_before_the_old_file_is_touched(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    """Run the command line in this process; return exit code, output with single spaces, and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["faculty", *map(str, arguments)])
-        monkeypatch.delenv("FACULTY_VERBOSE", raising=False)
-        code: int | str | None = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return int(code or 0), " ".join(out.split()), err
-
-    return run
+    return Command(capsys, monkeypatch).plainly
 
 
 def test_pack_writes_what_list_reads_and_overwrites_only_when_told(tmp_path: Path, cli) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.data.whole import replacing
 from pipeline.errors import ConfigError, TeacherError
-from pipeline.models.files import file_sha256, replacing
+from pipeline.models.files import file_sha256
 from pipeline.models.zoo import Zoo, load_zoo
 
 

@@ -194,7 +194,7 @@ class Assess:
                 rows[name] = row
                 if has_labels(run):  # without, how far it agrees with the others is still to come
                     runs.record(row)
-                advance(1, name, took=result.get("seconds"))
+                advance(1, name, took=result.get("worked"))
 
             run_trials(
                 assess_rung,

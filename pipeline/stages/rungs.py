@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.stages.artefacts import write_json
 from pipeline.stages.probe import ProbePayload, assess_teacher
 
 _HISTORY = "rungs.json"
+_IMPORTED = ("torch", "pipeline.models.sources", "pipeline.assessment.probe", "pipeline.transport.bridge")
 
 
 def assess_rung(payload: ProbePayload, *, rung: int, shared: dict[str, Any]) -> dict[str, Any]:
@@ -21,8 +23,13 @@ def assess_rung(payload: ProbePayload, *, rung: int, shared: dict[str, Any]) -> 
 
     A search hands over what its last rung gave alone. So each rung leaves its row beside the teacher's results, and
     ``rungs`` of the one that comes next is the JSON of them all: the rung's number, its scores, images, and seconds.
+    ``worked`` is the seconds of this one without what the first trial of a process imports for those that follow: how
+    long the others may be expected to take.
     """
     began = time.perf_counter()
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    imported = time.perf_counter()
     row = assess_teacher(payload, rung=rung, shared=shared)
     path = here(Path(payload.job.folder) / _HISTORY, newest=True)
     # Those of a former search, among other teachers, end where this one begins.
@@ -33,7 +40,7 @@ def assess_rung(payload: ProbePayload, *, rung: int, shared: dict[str, Any]) -> 
         with contextlib.suppress(OSError, StageError):  # a record that can't be kept is no fault of the teacher's
             write_json(path, history)
             share(path)
-    return row | {"rungs": json.dumps(history)}
+    return row | {"rungs": json.dumps(history), "worked": time.perf_counter() - imported}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from pipeline.report.console import Display
 from pipeline.settings_files import load_settings
 from pipeline.stages.run import run_pipeline
 from pipeline.start.command import Wanted, initialise
+from tests.inprocess import without_ray
 
 pytestmark = pytest.mark.e2e
 
@@ -43,8 +44,7 @@ def clothes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.integration
-def test_settings_that_init_wrote_assess_the_zoo(clothes: Path, tmp_path: Path, cluster: None) -> None:
+def test_settings_that_init_wrote_assess_the_zoo(clothes: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.yaml"
     display = Display(Console(file=io.StringIO()))
     assert initialise(Wanted(clothes, zoo=DEMO / "zoo.yaml", out=out), display, interactive=False) == 0
@@ -55,7 +55,8 @@ def test_settings_that_init_wrote_assess_the_zoo(clothes: Path, tmp_path: Path, 
         "register.enabled=false",
     ]
     settings = load_settings([out], changes)
-    records = run_pipeline(settings, until="assess", display=display)
+    with without_ray():
+        records = run_pipeline(settings, until="assess", display=display)
     assert set(records) == {"ingest", "assess"}
     status = json.dumps(records["ingest"].summary)
     assert str(10 * settings.task.splits.train_labelled) in status

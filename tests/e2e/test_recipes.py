@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,6 +18,7 @@ from pipeline.models.student import load_student
 from pipeline.settings_files import load_settings
 from pipeline.stages.artefacts import Record
 from pipeline.stages.run import run_pipeline
+from tests.inprocess import without_ray
 from tests.tiny import SHAPES, make_data, make_settings, make_zoo, write_zoo
 
 RECIPES = Path(__file__).parents[2] / "conf" / "recipes"
@@ -24,12 +27,19 @@ TRACKING = "tracking.enabled=false"
 
 
 @pytest.fixture(scope="module")
-def world(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     make_data(folder)
     make_zoo(folder)
     make_settings(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def here(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A recipe is about what is taught and how: no Ray is started for it, unless a test asks for one."""
+    with contextlib.nullcontext() if "cluster" in request.fixturenames else without_ray():
+        yield
 
 
 def run(world: Path, recipe: str, *overrides: str, until: str = "evaluate") -> dict[str, Record]:
@@ -42,7 +52,7 @@ def folder_of(world: Path, records: dict[str, Record], stage: str) -> Path:
 
 
 @pytest.mark.slow
-def test_views_are_kept_for_the_student_and_for_other_runs(world: Path) -> None:
+def test_views_are_kept_for_the_student_and_for_other_runs(world: Path, cluster: None) -> None:
     overrides = ["select.teachers=[mixed, flat]", "distill.augment.views=3", f"cache.path={world / 'outputs'}"]
     overrides.append("amalgamate.choice=average")
     records = run(world, "faculty", *overrides, until="amalgamate")
@@ -99,7 +109,7 @@ def test_a_recipe_trains_a_student(world: Path, recipe: str, parts: set[str]) ->
 
 
 @pytest.mark.slow
-def test_blocks_on_a_pool_of_actors_say_the_same(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_on_a_pool_of_actors_say_the_same(world: Path, cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.stages import speaking
 
     records = run(world, "faculty", "select.teachers=[mixed, flat]", until="amalgamate")

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.models.description import METADATA, TeacherMetadata
 from pipeline.models.program import Exported
+from pipeline.tracking import additions
 from pipeline.tracking.entries import clean_document, clean_tags
 from pipeline.tracking.redact import redact
 from pipeline.tracking.versions import CONTENT_TAG, Registry
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from pipeline.tracking.mlflow import MlflowTracker
 
 PROGRAM, CARD_FILE = "data/model.pt2", "card.arrow"
-_KIND_TAG = {"faculty": "teacher"}
-_DESCRIPTION_LIMIT = 5000  # the width of the registry's column
 
 
 def write_model(folder: Path, exported: Exported, classes: Sequence[str], about: TeacherMetadata) -> None:
@@ -66,16 +65,7 @@ def version_with(registry: Registry, name: str, content: str) -> ModelVersion | 
         When the registry can't be reached or refuses.
     """
     with registry.asked():
-        token = None
-        while True:
-            # The name goes into the query, the tag does not: not every registry can search by tags.
-            page = registry.client.search_model_versions(f"name = '{name}'", max_results=200, page_token=token)
-            for version in page:
-                if version.tags.get(CONTENT_TAG) == content and version.status == "READY":
-                    return version
-            token = page.token
-            if not token:
-                return None
+        return additions.version_with(registry.client, name, content)
 
 
 def add_version(tracker: MlflowTracker, name: str, folder: Path, content: str, description: str) -> ModelVersion:
@@ -86,33 +76,19 @@ def add_version(tracker: MlflowTracker, name: str, folder: Path, content: str, d
     StageError
         When the registry can't be reached or refuses.
     """
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-    from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
-    client = tracker.client
     tracker.flush()  # the version links to the run, so that the store must have it
     with Registry.of(tracker).asked():
-        try:
-            client.create_registered_model(name, tags=_KIND_TAG)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        logged = client.create_logged_model(tracker.experiment_id, name="teacher", source_run_id=tracker.run_id)
-        model = Model.load(str(folder / "MLmodel"))
-        model.run_id, model.model_uuid, model.model_id = tracker.run_id, logged.model_id, logged.model_id
-        model.save(str(folder / "MLmodel"))
-        client.log_model_artifacts(logged.model_id, str(folder))
-        client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-        client.log_outputs(str(tracker.run_id), [LoggedModelOutput(logged.model_id, step=0)])
-        return client.create_model_version(
+        additions.ensure_model(tracker.client, name, "teacher")
+        return additions.add_version(
+            tracker,
             name,
-            # Not models:/<id>: a database's registry looks that up in the process's global store, wherever it is.
-            source=logged.artifact_location,
-            run_id=tracker.run_id,
+            folder,
+            Model.load(str(folder / "MLmodel")),
+            kind="teacher",
             tags={CONTENT_TAG: content},
-            description=redact(description)[:_DESCRIPTION_LIMIT],
-            model_id=logged.model_id,
+            description=redact(description)[: additions.DESCRIPTION_LIMIT],
         )
 
 

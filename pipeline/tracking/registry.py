@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from pipeline.errors import ConfigError
+from pipeline.tracking.additions import DESCRIPTION_LIMIT, add_version, ensure_model, version_with
 from pipeline.tracking.entries import clean_document, clean_tags
 from pipeline.tracking.export import check_export, export_student, logits_of, weights_sha256
 from pipeline.tracking.mlflow import MlflowTracker
@@ -25,8 +26,6 @@ from pipeline.tracking.versions import CONTENT_TAG, WEIGHTS_TAG, Registry, by_al
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
-
-_DESCRIPTION_LIMIT = 5000  # the width of the registry's column
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,8 @@ def register_student(
 
     tracker.flush()  # the version links to the run, so that the store must have it
     with Registry.of(tracker).asked():
-        _ensure_model(tracker.client, name)
-        version = _version_with(tracker.client, name, content)
+        ensure_model(tracker.client, name, "student")
+        version = version_with(tracker.client, name, content)
         created = version is None
         if version is not None:
             version = _tell(tracker.client, version, all_tags, card)
@@ -149,22 +148,9 @@ def register_student(
                 check_export(path, student, example, expected)
                 (path / "model_card.md").write_text(card or f"# {name}\n", encoding="utf-8")
                 # Only a student that exports well becomes an entry of the store.
-                logged = tracker.client.create_logged_model(
-                    tracker.experiment_id, name="student", source_run_id=tracker.run_id
+                version = add_version(
+                    tracker, name, path, described, kind="student", tags=all_tags, description=_described_by(card)
                 )
-                described.model_uuid = described.model_id = logged.model_id
-                described.save(str(path / "MLmodel"))
-                tracker.client.log_model_artifacts(logged.model_id, str(path))
-            _finish(tracker, logged.model_id)
-            version = tracker.client.create_model_version(
-                name,
-                # Not models:/<id>: a database's registry looks that up in the process's global store, wherever it is.
-                source=logged.artifact_location,
-                run_id=tracker.run_id,
-                tags=all_tags,
-                description=_described_by(card),
-                model_id=logged.model_id,
-            )
         if alias is not None:
             move_alias(tracker, name, str(version.version), alias)
     return _described(version, alias, created)
@@ -212,45 +198,15 @@ def _tell(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str], 
 
 def _described_by(card: str) -> str | None:
     """Return a model card that fits the registry's column, cut at the end of a line."""
-    if len(card) <= _DESCRIPTION_LIMIT:
+    if len(card) <= DESCRIPTION_LIMIT:
         return card or None
     mark = "\n\n… the whole card is model_card.md among the model's files"
-    return card[: _DESCRIPTION_LIMIT - len(mark)].rpartition("\n")[0] + mark
+    return card[: DESCRIPTION_LIMIT - len(mark)].rpartition("\n")[0] + mark
 
 
 def _content_sha256(weights: str, lineage: Any, classes: Sequence[str], image_shape: Sequence[int]) -> str:
     content = {"weights": weights, "lineage": lineage, "classes": list(classes), "image_shape": list(image_shape)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _ensure_model(client: MlflowClient, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name, tags={"faculty": "student"})
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def _version_with(client: MlflowClient, name: str, content: str) -> ModelVersion | None:
-    # The name goes into the query, the tag does not: not every registry can search by tags.
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'", max_results=200, page_token=token)
-        for version in page:
-            if version.tags.get(CONTENT_TAG) == content and version.status == "READY":
-                return version
-        token = page.token
-        if not token:
-            return None
-
-
-def _finish(tracker: MlflowTracker, model_id: str) -> None:
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-    tracker.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
-    tracker.client.log_outputs(str(tracker.run_id), [LoggedModelOutput(model_id, step=0)])
 
 
 def _described(version: ModelVersion, alias: str | None, created: bool) -> RegisteredStudent:

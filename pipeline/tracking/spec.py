@@ -28,7 +28,8 @@ class TrackingSpec(StrictModel):
         Where a new experiment keeps its artefacts (a folder or a URI). Only for a database without a server: a server
         decides itself. Default: the folder ``mlartifacts`` beside a SQLite database.
     timeout : float
-        Seconds a server may take to answer before the run stops.
+        Seconds a server may take to answer when a run begins, before the run stops; and seconds that a run waits at its
+        end for a server that has not got everything yet.
     """
 
     enabled: bool = True

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from pyarrow import fs
 from ray import cloudpickle, tune
 from ray.tune.search import BasicVariantGenerator
 
@@ -21,11 +20,9 @@ from pipeline.cluster.many import FitJob, Result
 from pipeline.cluster.relay import Relay
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.cluster.trainable import ROW, DeliveryCallback, Row
+from pipeline.cluster.tuning import DRIVER, delete_records, run_settings
 from pipeline.engine.checkpoint import CheckpointStore
 
-# A trial must ask for something. A byte of memory every node has, whereas any share of a processor would keep a worker
-# from the last one.
-_DRIVER = {"memory": 1.0}
 _SWEEP_S = 2.0
 _ABORT_S = 15.0
 
@@ -78,20 +75,13 @@ def fit_side_by_side(
                         spec=session.active(),
                         relay=relay,
                     ),
-                    tune.PlacementGroupFactory([_DRIVER]),
+                    tune.PlacementGroupFactory([DRIVER]),
                 ),
                 param_space={"name": tune.grid_search([job.name for job in jobs])},
                 tune_config=tune.TuneConfig(
                     reuse_actors=True, search_alg=BasicVariantGenerator(max_concurrent=concurrent)
                 ),
-                run_config=tune.RunConfig(
-                    name=store.root.rsplit("/", 1)[-1],
-                    storage_path=store.storage,
-                    failure_config=tune.FailureConfig(max_failures=max_failures),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    callbacks=[callback],
-                    verbose=2 if verbose else 0,
-                ),
+                run_config=run_settings(store, callback, max_failures=max_failures, verbose=verbose),
             )
             tuner.fit()
             callback.hand_on()
@@ -104,8 +94,7 @@ def fit_side_by_side(
     finally:
         callback.end_drivers()
         relay.close()
-        if store.filesystem.get_file_info(store.root).type == fs.FileType.Directory:
-            store.filesystem.delete_dir(store.root)
+        delete_records(store)
     return [results.get(job.name, (None, "the run ended without a result")) for job in jobs]
 
 

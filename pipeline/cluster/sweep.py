@@ -10,26 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from pyarrow import fs
 from ray import cloudpickle, tune
 from ray.tune.search import Searcher
 from ray.util.placement_group import remove_placement_group
 
 from pipeline.cluster import launch, session
 from pipeline.cluster.fleet import FleetCallback
-from pipeline.cluster.groups import own_groups
 from pipeline.cluster.inline import bounds
 from pipeline.cluster.launch import check_room
 from pipeline.cluster.relay import Relay
-from pipeline.cluster.sweep_schedulers import Asha, Pbt
+from pipeline.cluster.sweep_schedulers import OWN, Asha, Pbt
 from pipeline.cluster.sweep_trial import CURVE, Packed, SweepTrial, Work, clear_shelf
 from pipeline.cluster.trainable import ROW, Refused, Row
+from pipeline.cluster.tuning import DRIVER, delete_records, groups_made_here, run_settings
 from pipeline.engine.checkpoint import CheckpointStore
 from pipeline.errors import ConfigError
 
-# A trial whose workers train must ask for something. A byte of memory every node has, whereas any share of a processor
-# would keep a worker from the last one.
-_DRIVER = {"memory": 1.0}
 _CLEAR_S = 30.0
 _SETTLE_S = 5.0
 
@@ -87,7 +83,7 @@ class Fitting:
     @property
     def trial_resources(self) -> dict[str, float]:
         """What a trial's own process takes: next to nothing beside its workers, or what it trains with itself."""
-        return _DRIVER if self.most else dict(self.resources_per_worker)
+        return DRIVER if self.most else dict(self.resources_per_worker)
 
 
 def side_by_side(fitting: Fitting, *, also: Mapping[str, float] | None = None) -> int:
@@ -140,6 +136,7 @@ def run_sweep(
     mode: str,
     on_report: Callable[[str, Row], None],
     on_end: Callable[[str, Row], None],
+    on_leg: Callable[[str, Row], None] | None = None,
     concurrent: int,
     max_failures: int = 1,
     scheduler: Asha | Pbt | None = None,
@@ -163,7 +160,10 @@ def run_sweep(
     on_end : callable
         ``on_end(name, row)`` in this thread, as soon as a trial has ended. The row has ``seconds``, ``values`` (as the
         scheduler left them) and either ``ended``; or ``stopped``, where a scheduler ended it; or ``error`` in one line,
-        ``error_type``, and ``traceback``. What these two raise ends the sweep.
+        ``error_type``, and ``traceback``.
+    on_leg : callable, optional
+        ``on_leg(name, values)`` in this thread, after each leg of a member of a population, with the values that it
+        goes on with. What these three raise ends the sweep.
     concurrent : int
         How many trials run side by side at most, see `side_by_side`.
     max_failures : int
@@ -188,8 +188,8 @@ def run_sweep(
     # Tune's own state of a sweep is written in place and never read: rows that were handed over are what counts.
     store = CheckpointStore(fitting.storage, f".sweep-{uuid.uuid4().hex[:8]}")
     relay = Relay()
-    callback = SweepCallback(relay, on_report, on_end)
-    before = _made_here()
+    callback = SweepCallback(relay, on_report, on_end, on_leg if population else None)
+    before = groups_made_here()
     try:
         with session.calm(verbose):
             trainable = tune.with_resources(
@@ -209,14 +209,7 @@ def run_sweep(
                     max_concurrent_trials=None if population else concurrent,
                     trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
-                run_config=tune.RunConfig(
-                    name=store.root.rsplit("/", 1)[-1],
-                    storage_path=store.storage,
-                    failure_config=tune.FailureConfig(max_failures=max_failures),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    callbacks=[callback],
-                    verbose=2 if verbose else 0,
-                ),
+                run_config=run_settings(store, callback, max_failures=max_failures, verbose=verbose),
             )
             tuner.fit()
     except BaseException:
@@ -230,8 +223,7 @@ def run_sweep(
         relay.close()
         with contextlib.suppress(ray.exceptions.RayError, OSError):
             clear_shelf(store.root)
-        if store.filesystem.get_file_info(store.root).type == fs.FileType.Directory:
-            store.filesystem.delete_dir(store.root)
+        delete_records(store)
 
 
 class Asking(Searcher):
@@ -275,14 +267,21 @@ class SweepCallback(FleetCallback):
         From Tune's number of a trial to its name.
     """
 
-    def __init__(self, relay: Relay, on_report: Callable[[str, Row], None], on_end: Callable[[str, Row], None]) -> None:
+    def __init__(
+        self,
+        relay: Relay,
+        on_report: Callable[[str, Row], None],
+        on_end: Callable[[str, Row], None],
+        on_leg: Callable[[str, Row], None] | None,
+    ) -> None:
         super().__init__(relay, on_end, None)
         self.names: dict[str, str] = {}
         self._tell: Callable[[str, Row], None] | None = on_report
+        self._leg = on_leg
         self._actors: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"names": {}, "_tell": None, "_actors": {}}
+        return super().__getstate__() | {"names": {}, "_tell": None, "_leg": None, "_actors": {}}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note which process the trial has: one of its own, or that of a former trial."""
@@ -294,6 +293,8 @@ class SweepCallback(FleetCallback):
         for metrics in result.get(CURVE) or []:
             if self._tell is not None:
                 self._guarded(self._tell, name, dict(metrics))
+        if self._leg is not None:
+            self._guarded(self._leg, name, _values(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Hand the row of a trial over that ran to its end, or that the scheduler has ended."""
@@ -313,8 +314,7 @@ class SweepCallback(FleetCallback):
         self._end(trial, row)
 
     def _end(self, trial: Any, row: Row) -> None:
-        values = {key: value for key, value in trial.config.items() if key not in ("name", "payload", "epochs")}
-        row |= {"seconds": float((trial.last_result or {}).get("time_total_s", 0.0)), "values": values}
+        row |= {"seconds": float((trial.last_result or {}).get("time_total_s", 0.0)), "values": _values(trial)}
         name = self.names[trial.trial_id]
         self._guarded(self._deliver, name, row)
 
@@ -329,14 +329,15 @@ class SweepCallback(FleetCallback):
             raise Refused from error
 
 
-def _made_here() -> set[Any]:
-    return {one.group for one in own_groups() if not one.by_actor}
+def _values(trial: Any) -> Row:
+    """Return the values of settings that a trial has now."""
+    return {key: value for key, value in trial.config.items() if key not in OWN}
 
 
 def _clear(before: Iterable[Any]) -> None:
     """Remove the groups of trials, and wait until those of their workers are gone."""
     with contextlib.suppress(ray.exceptions.RayError):
-        for group in _made_here() - set(before):
+        for group in groups_made_here() - set(before):
             remove_placement_group(group)
         deadline = time.monotonic() + _CLEAR_S
         while launch.sweep() and time.monotonic() < deadline:

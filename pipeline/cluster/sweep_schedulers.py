@@ -12,7 +12,7 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialSch
 from ray.tune.schedulers.pbt import _PBTTrialState
 
 TIME = "epoch"
-_OWN = ("name", "payload", "epochs")  # of a trial's configuration: what it keeps, whatever values it takes over
+OWN = ("name", "payload", "epochs")  # of a trial's configuration: what it keeps, whatever values it takes over
 
 
 @dataclass(frozen=True)
@@ -138,4 +138,4 @@ class Pbt(PopulationBasedTraining):
     def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
         """Take over the values alone: a trial's folders stay its own."""
         config, operations = super()._get_new_config(trial, trial_to_clone)
-        return config | {key: trial.config[key] for key in _OWN}, operations
+        return config | {key: trial.config[key] for key in OWN}, operations

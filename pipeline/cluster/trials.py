@@ -10,6 +10,7 @@ from typing import Any
 from pyarrow import fs
 
 from pipeline.cluster.session import active, calm, slots
+from pipeline.cluster.tuning import groups_made_here, run_settings
 from pipeline.engine.checkpoint import CheckpointStore
 
 Row = dict[str, Any]
@@ -162,34 +163,20 @@ def _tune(
                 else PausingGenerator(scheduler),
                 scheduler=scheduler,
             ),
-            run_config=tune.RunConfig(
-                name=store.root.rsplit("/", 1)[-1],
-                storage_path=store.storage,
-                failure_config=tune.FailureConfig(max_failures=max_failures),
-                # A trial's state is its payload; there is nothing else to save.
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[callback],
-                verbose=2 if verbose else 0,
-            ),
+            run_config=run_settings(store, callback, max_failures=max_failures, verbose=verbose),
         )
-        before = _made_here()
+        before = groups_made_here()
         try:
             tuner.fit()
         except BaseException:
             # Tune keeps the room of a search that it did not end itself: what comes next would wait for it.
-            for group in _made_here() - before:
+            for group in groups_made_here() - before:
                 remove_placement_group(group)
             if callback.error is not None:
                 raise callback.error from None
             raise
         finally:
             _sweep(store)
-
-
-def _made_here() -> set[Any]:
-    from pipeline.cluster.groups import own_groups
-
-    return {one.group for one in own_groups() if not one.by_actor}
 
 
 def _sweep(store: CheckpointStore) -> None:

@@ -18,6 +18,7 @@ from ray._private import worker
 from ray.exceptions import WorkerCrashedError
 
 from pipeline.cluster.causes import one_line
+from pipeline.cluster.nodes import answer_here
 from pipeline.cluster.session import active, calm, slots
 from pipeline.engine.checkpoint import plain
 from pipeline.errors import StageError
@@ -284,6 +285,7 @@ class BlockWorker:
         self._group, self._function, self._error = group, None, None
         _release()  # before the next teacher comes: two may not fit
         try:
+            answer_here()
             self._function = cloudpickle.loads(self._make)(cloudpickle.loads(self._payloads[group]))
         except Exception as error:
             self._error = one_line(error)

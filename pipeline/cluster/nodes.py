@@ -1,18 +1,22 @@
-"""One question to every node: a small task on each, pinned to it."""
+"""One question to every node: a small task on each, pinned to it; nodes that come later answer before they work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster.causes import one_line
+from pipeline.errors import StageError
 
 PATIENCE_S = 120.0
+_QUESTIONS = b"faculty-nodes"
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,53 @@ def _guarded(packed: bytes) -> tuple[Any, str | None]:
         return function(argument), None
     except Exception as error:
         return None, one_line(error)
+
+
+def leave_question(function: Callable[[Any], str], argument: Any, asked: Collection[str]) -> None:
+    """Let workers on nodes that come later answer before they begin: an autoscaler adds them while the run goes on.
+
+    Parameters
+    ----------
+    function : callable
+        ``function((address, argument))`` on the worker, importable by name; "" where all is well, else one line.
+    argument : object
+        Small and picklable.
+    asked : collection of str
+        Ids of nodes that need not answer any more. The driver's own is one of them, too.
+    """
+    here = ray.get_runtime_context()
+    known = frozenset(asked) | {here.get_node_id()}
+    data = cloudpickle.dumps((known, cloudpickle.dumps((function, argument))))
+    _internal_kv_put(_key(), data, overwrite=True, namespace=_QUESTIONS)
+
+
+def forget_question() -> None:
+    """Take the question away."""
+    _internal_kv_del(_key(), namespace=_QUESTIONS)
+
+
+def answer_here() -> None:
+    """Answer the question on this worker, if its node has not been asked; a process answers a question once.
+
+    Raises
+    ------
+    StageError
+        With what is wrong with this node.
+    """
+    question = _internal_kv_get(_key(), namespace=_QUESTIONS) if ray.is_initialized() else None
+    why = "" if question is None else _answer(question)
+    if why:
+        raise StageError(why)
+
+
+@lru_cache(maxsize=1)
+def _answer(question: bytes) -> str:
+    known, packed = cloudpickle.loads(question)
+    if ray.get_runtime_context().get_node_id() in known:
+        return ""
+    function, argument = cloudpickle.loads(packed)
+    return str(function((ray.util.get_node_ip_address(), argument)))
+
+
+def _key() -> bytes:
+    return ray.get_runtime_context().get_job_id().encode()

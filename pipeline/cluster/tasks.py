@@ -9,6 +9,7 @@ import ray
 from ray import cloudpickle
 
 from pipeline.cluster.causes import one_line
+from pipeline.cluster.nodes import answer_here
 from pipeline.cluster.session import active, slots
 
 Item = TypeVar("Item")
@@ -85,6 +86,7 @@ def map_tasks(
 def _guarded(function: bytes, item: Any) -> tuple[Any, str | None]:
     """Keep an exception on the worker: it need not be picklable, and a repetition would not help."""
     try:
+        answer_here()
         return cloudpickle.loads(function)(item), None
     except Exception as error:
         return None, one_line(error)

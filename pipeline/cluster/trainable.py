@@ -14,6 +14,7 @@ from ray import cloudpickle, tune
 
 from pipeline.cluster.causes import is_death, one_line
 from pipeline.cluster.measure import Meter
+from pipeline.cluster.nodes import answer_here
 from pipeline.engine.checkpoint import plain
 
 Row = dict[str, Any]
@@ -51,6 +52,7 @@ class Assessment(tune.Trainable):
         row: Row
         with Meter() as meter:
             try:
+                answer_here()
                 function: Callable[..., Row] = cloudpickle.loads(self._function)
                 row = plain(function(cloudpickle.loads(self._payloads[name]), **keywords))
             except Exception as error:

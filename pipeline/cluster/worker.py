@@ -21,6 +21,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.cluster.causes import is_memory, memory_failures, note_memory_failure, told_attempt, training_line
+from pipeline.cluster.nodes import answer_here
 from pipeline.engine.checkpoint import CheckpointStore, index_of, plain
 from pipeline.engine.context import store_checkpoint, take_over
 from pipeline.errors import StageError
@@ -184,6 +185,7 @@ def run_worker(job: Job) -> None:
         job.relay.push("start", told_attempt())
     context: RayContext | None = None
     try:
+        answer_here()
         context = RayContext(job)
         job.loop(context, job.payload)
         context.wait()

@@ -63,9 +63,14 @@ def check_nodes(run: Run) -> None:
     UserError
         Naming node, setting, path and remedy. Nothing has been started.
     """
-    from pipeline.cluster.nodes import ask_nodes, other_nodes
+    from pipeline.cluster.nodes import ask_nodes, forget_question, leave_question, other_nodes
 
     nodes = other_nodes()
+    if not run.settings.cluster.local:
+        # Through its marker: what is written for those that are there now does not stay.
+        marker = run.files.root / "run.json"
+        leave_question(look_later, places_of(run, marker, marker.read_text("utf-8")), [one for one, _ in nodes])
+        run._exits.callback(forget_question)
     if not nodes:
         return
     run.files.push()
@@ -85,6 +90,13 @@ def check_nodes(run: Run) -> None:
             found += [(answer.address, place, why) for place, why in answer.value]
     if found:
         raise UserError(_told(found, len(nodes)))
+
+
+def look_later(question: tuple[str, Sequence[Place]]) -> str:
+    """Return what is wrong with places on a node that has come since the others were asked; runs there."""
+    address, places = question
+    found = look_at(places)
+    return _told([(address, place, why) for place, why in found], 1) if found else ""
 
 
 def places_of(run: Run, mark: Path, token: str) -> list[Place]:

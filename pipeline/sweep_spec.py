@@ -223,6 +223,11 @@ class SweepSpec(StrictModel):
         return self.metric in STUDENT_METRICS
 
     @property
+    def population(self) -> bool:
+        """Whether trials take over each other's state."""
+        return self.scheduler is not None and self.scheduler.pbt is not None
+
+    @property
     def direction(self) -> Mode:
         """Which end of the metric is the better one."""
         return (STUDENT_METRICS | FACULTY_METRICS)[self.metric]

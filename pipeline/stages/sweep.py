@@ -10,7 +10,6 @@ import io
 import json
 import math
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +111,7 @@ def sweep(
         run = Run(settings=own, files=files, display=display, zoo=zoo, until="distill", verbose=verbose)
         content = [dict(Ingest().inputs(run)), {name: run.fingerprint(name) for name in zoo.names}]
         folder = SweepFolder(files.root / "sweep" / sweep_key(settings, spec, content))
-        files.pull(f"sweep/{folder.root.name}/trials/*/row.json")
+        files.pull(*(f"sweep/{folder.root.name}/trials/*/{name}" for name in ("row.json", "member.json")))
         folder.begin(spec.model_dump(mode="json"))
         with run:
             return _run(run, spec, folder, given)
@@ -123,10 +122,6 @@ def _run(run: Run, spec: SweepSpec, folder: SweepFolder, given: str) -> Swept:
     known = {name: row for name, row in folder.rows().items() if row.final}
     key = folder.root.name
     delete_stores(run, ".sweep-*")  # Tune's own state, of a call that was killed: whole or not, rows are what counts
-    if _population(spec) and len(known) < spec.count:
-        known = {}  # its members have learnt from each other: part of them is no beginning
-        delete_stores(run, f"sweep-{key}-*")
-        shutil.rmtree(folder.root / "trials", ignore_errors=True)
     display = run.display
     display.note(
         f"sweep {key}: {spec.count} trials by {spec.search} search over {len(spec.space)} settings, {spec.metric}"
@@ -149,8 +144,7 @@ def _run(run: Run, spec: SweepSpec, folder: SweepFolder, given: str) -> Swept:
                 "command goes on with the others"
             ) from None
         rows = tuple(trials.rows.values())
-        images = images_of(trials.last, spec.metric) if trials.last is not None else 0
-        best = folder.finish(spec, rows, images)
+        best = folder.finish(spec, rows, images_of(within, spec, rows))
         _record(within, spec, folder, rows, best)
         _show(run, spec, rows)
     if best is None:
@@ -286,12 +280,8 @@ def _hand_on(run: Run, spec: SweepSpec, folder: SweepFolder, best: TrialRow, tri
         told = f", validation accuracy {found['validation_accuracy']:.4f}" if "validation_accuracy" in found else ""
         if found.get("guard", {}).get("kept") == "no_teacher":
             told += "; the guard took the one without teachers, which is clearly better"
-        how = "trained anew" if spec.retrain or _population(spec) else "taken over"
+        how = "trained anew" if spec.retrain or spec.population else "taken over"
         display.note(f"student {how}: {winner.folder('distill')}{told}")
         write_json(folder.root / "promoted.json", {"trial": best.trial, "key": winner.records["distill"].key})
     display.note(f"settings of the best trial: {overlay}")
     display.note(f"go on with: faculty evaluate{given} -c {overlay}")
-
-
-def _population(spec: SweepSpec) -> bool:
-    return spec.scheduler is not None and spec.scheduler.pbt is not None

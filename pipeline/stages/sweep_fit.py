@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.report.console import Display
 from pipeline.stages import training
 from pipeline.stages.base import Run
+from pipeline.stages.sweep_rows import Member
 from pipeline.stages.sweep_training import watched
 from pipeline.stages.sweep_trials import Advance, Trials
 from pipeline.sweep_spec import Domain, SweepSpec
@@ -63,6 +64,7 @@ def fit_trials(run: Run, spec: SweepSpec, trials: Trials, quiet: Display) -> Non
                 mode=spec.direction,
                 on_report=fleet.on_report,
                 on_end=fleet.on_end,
+                on_leg=fleet.on_leg,
                 concurrent=concurrent,
                 max_failures=spec.max_failures,
                 scheduler=_scheduler(run, spec, trials),
@@ -98,8 +100,11 @@ class _Fleet:
         trial, values, ready = found
         self._names[ready.store], self._values[trial] = trial, values
         self._trials.begin(trial, values)
-        scheduler = self._spec.scheduler
-        changing = dict(values) if scheduler is not None and scheduler.pbt is not None else {}
+        changing: dict[str, Any] = {}
+        if self._spec.population:
+            member = self._trials.member(trial)
+            changing = values | member.values
+            self._curves[trial] = dict(member.curve)
         return Proposal(ready.store, ready.payload, ready.run.settings.distill.loop.epochs, changing)
 
     def on_report(self, name: str, metrics: dict[str, Any]) -> None:
@@ -109,9 +114,13 @@ class _Fleet:
             self._curves.setdefault(trial, {})[int(metrics["epoch"])] = float(metrics[self._spec.metric])
         self._trials.report(trial, metrics)
 
+    def on_leg(self, name: str, values: dict[str, Any]) -> None:
+        trial = self._names[name]
+        self._trials.keep_member(trial, Member(values, self._curve(trial)))
+
     def on_end(self, name: str, row: dict[str, Any]) -> None:
         trial = self._names[name]
-        curve = tuple(sorted(self._curves.get(trial, {}).items()))
+        curve = self._curve(trial)
         values = self._values[trial] | row["values"]
         if row.get("ended"):
             self._trials.done(trial, values, row["seconds"], curve)
@@ -120,6 +129,9 @@ class _Fleet:
         else:
             self._trials.fail(trial, values, told=row, seconds=row["seconds"], curve=curve)
         self._show()
+
+    def _curve(self, trial: str) -> tuple[tuple[int, float], ...]:
+        return tuple(sorted(self._curves.get(trial, {}).items()))
 
     def _show(self) -> None:
         ended = len(self._trials.rows)

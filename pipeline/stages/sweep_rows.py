@@ -5,6 +5,7 @@ Layout::
     <run_dir>/sweep/<key>/sweep.yaml             what was swept
     <run_dir>/sweep/<key>/trials/<trial>/row.json  how a trial ended
     <run_dir>/sweep/<key>/trials/<trial>/error.log the traceback of one that failed
+    <run_dir>/sweep/<key>/trials/<trial>/member.json where one of a population stands
     <run_dir>/sweep/<key>/trials.parquet         all rows
     <run_dir>/sweep/<key>/best.json, best.yaml   the best trial, and its settings as an overlay for `-c`
 """
@@ -75,6 +76,14 @@ class TrialRow:
         return self.state != "failed" or self.error_type in _LASTING
 
 
+@dataclass(frozen=True)
+class Member:
+    """Where a member of a population stands: the values that it has by now, and the metric by epoch so far."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[tuple[int, float], ...] = ()
+
+
 class SweepFolder:
     """A sweep's folder on disk."""
 
@@ -96,6 +105,19 @@ class SweepFolder:
             write_text(self.trial(row.trial) / "error.log", traceback)
         write_json(self.trial(row.trial) / "row.json", asdict(row))
         share(self.trial(row.trial))  # where the run folder is in a store: a row counts once it is there
+
+    def keep_member(self, trial: str, member: Member) -> None:
+        """Keep where a member of a population stands: after an interruption it goes on from there."""
+        write_json(self.trial(trial) / "member.json", asdict(member))
+        share(self.trial(trial) / "member.json")
+
+    def member(self, trial: str) -> Member:
+        """Return where a member stood when that was last kept; at its beginning where it was not."""
+        try:
+            data = json.loads((self.trial(trial) / "member.json").read_text(encoding="utf-8"))
+            return Member(dict(data["values"]), _curve(data["curve"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            return Member()
 
     def rows(self) -> dict[str, TrialRow]:
         """Return the rows that are there and whole, by trial; one that was cut off does not count."""
@@ -120,9 +142,13 @@ class SweepFolder:
 def _read(path: Path) -> TrialRow | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return TrialRow(**data | {"curve": tuple((int(epoch), float(value)) for epoch, value in data["curve"])})
+        return TrialRow(**data | {"curve": _curve(data["curve"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _curve(pairs: Any) -> tuple[tuple[int, float], ...]:
+    return tuple((int(epoch), float(value)) for epoch, value in pairs)
 
 
 def best_of(rows: Iterable[TrialRow], mode: Mode) -> TrialRow | None:

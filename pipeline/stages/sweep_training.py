@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from pipeline.stages import training
 from pipeline.stages.base import Run, Stage
 from pipeline.stages.distill import student_arm
 from pipeline.stages.sweep_assess import CachedAssess, all_said
-from pipeline.stages.sweep_rows import SweepFolder
-from pipeline.stages.teachers import has_labels, table_of
+from pipeline.stages.sweep_rows import SweepFolder, TrialRow, best_of
+from pipeline.stages.sweep_space import trial_settings
+from pipeline.stages.teachers import table_of
 from pipeline.sweep_spec import SweepSpec
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def prepare(run: Run, settings: Settings, spec: SweepSpec, trial: str, folder: S
     own = with_settings(run, settings)
     advance(own, "amalgamate")
     arm = student_arm(own)
-    if spec.scheduler is None or spec.scheduler.pbt is None:
+    if not spec.population:
         return Prepared(own, arm, f"sweep-{arm.name}")
     # What a member becomes is no function of its settings: its student must not pass for that of such a run.
     member = replace(arm, name=_MEMBER, folder=str(folder.trial(trial) / "student"))
@@ -148,11 +149,14 @@ def scores(prepared: Prepared) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def images_of(run: Run, metric: str) -> int:
-    """Return how many images a metric is measured on."""
-    if not has_labels(run):
+def images_of(run: Run, spec: SweepSpec, rows: Sequence[TrialRow]) -> int:
+    """Return how many images the metric of the best trial is measured on; 0 where none has come to its end."""
+    best = best_of(rows, spec.direction)
+    if best is None:
         return 0
-    return len(table_of(run).split("probe" if metric.startswith("probe") else "validation"))
+    own = with_settings(run, trial_settings(run.settings, best.values))
+    advance(own, "ingest")
+    return int(own.records["ingest"].summary.get("probe" if spec.metric.startswith("probe") else "validation", 0))
 
 
 def inside(run: Run, path: str) -> str:

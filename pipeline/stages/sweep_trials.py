@@ -18,7 +18,7 @@ from pipeline.stages.base import Run
 from pipeline.stages.recording import optional
 from pipeline.stages.recording_trainings import epoch_metrics
 from pipeline.stages.sweep_assess import faculty_scores
-from pipeline.stages.sweep_rows import SweepFolder, TrialRow, best_of
+from pipeline.stages.sweep_rows import Member, SweepFolder, TrialRow, best_of
 from pipeline.stages.sweep_space import Search, Values, planned, trial_id, trial_settings
 from pipeline.stages.sweep_training import Prepared, advance, inside, prepare, scores, with_settings
 from pipeline.sweep_spec import SweepSpec
@@ -44,8 +44,6 @@ class Trials:
     ----------
     rows : dict of str to TrialRow
         Of the trials that have ended.
-    last : Run or None
-        Of a trial that was prepared, with the results of the stages before.
     """
 
     def __init__(
@@ -54,7 +52,6 @@ class Trials:
         self._run, self._spec, self._folder, self._search = run, spec, folder, search
         self._known = dict(known)
         self.rows: dict[str, TrialRow] = {}
-        self.last: Run | None = None
         self._plan: deque[tuple[str, Values, Prepared]] = deque()
         self._open: dict[str, tuple[Tracker, Any]] = {}
         self._asked: set[str] = set()
@@ -114,10 +111,11 @@ class Trials:
         except FacultyError as error:
             self.fail(trial, values, error)
             return None
-        self.last, self.prepared[trial] = ready.run, ready
+        self.prepared[trial] = ready
         if ready.arm.done:  # in a former call whose row was lost, in another sweep, or by a plain run
             self.begin(trial, values)
-            self.done(trial, values, 0.0)
+            member = self.member(trial)
+            self.done(trial, values | member.values, 0.0, member.curve)
             return None
         return trial, values, ready
 
@@ -140,6 +138,14 @@ class Trials:
             self._search.tell(values, self._known[trial].metric)
             return None
         return trial, settings
+
+    def member(self, trial: str) -> Member:
+        """Return where a member of a population stood when a former call was interrupted."""
+        return self._folder.member(trial)
+
+    def keep_member(self, trial: str, member: Member) -> None:
+        """Keep where a member stands, for a call after this one."""
+        self._folder.keep_member(trial, member)
 
     def judge_all(self, bar: Advance, display: Display) -> None:
         """Run trials that train nothing, one after the other, in this process."""
@@ -164,7 +170,7 @@ class Trials:
         except FacultyError as error:
             self.fail(trial, values, error)
             return
-        self.last, metric = own, found.get(self._spec.metric)
+        metric = found.get(self._spec.metric)
         self._end(TrialRow(trial, "done", values, metric, found, seconds=time.perf_counter() - began))
 
     def begin(self, trial: str, values: Values) -> None:

@@ -78,11 +78,11 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         server.stop()
 
 
-def start(settings: Path, cache: Path) -> subprocess.Popen[str]:
+def start(settings: Path, cache: Path, *words: str) -> subprocess.Popen[str]:
     """Run the command on a machine that has nothing but its cache."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", "run", "-c", str(settings)],
+        [sys.executable, "-m", "jobs.cli", *(words or ("run",)), "-c", str(settings)],
         env=environment | {"FACULTY_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -91,8 +91,8 @@ def start(settings: Path, cache: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(settings: Path, cache: Path) -> str:
-    process = start(settings, cache)
+def finish(settings: Path, cache: Path, *words: str) -> str:
+    process = start(settings, cache, *words)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     return output
@@ -178,6 +178,48 @@ def test_a_run_in_a_bucket_is_finished_by_another_machine(bucket: Bucket, tmp_pa
 @pytest.mark.slow  # the same through Ray Train's storage_path: the workers start three times
 def test_a_run_in_a_bucket_whose_workers_keep_their_checkpoints_there(bucket: Bucket, tmp_path: Path) -> None:
     run_and_kill_and_finish(bucket, tmp_path, workers=2, length=12)
+
+
+@pytest.mark.slow  # trials of Ray Tune, on two machines one after the other
+def test_a_sweep_in_a_bucket_is_finished_by_another_machine(bucket: Bucket, tmp_path: Path) -> None:
+    make_data(tmp_path)
+    settings = make_settings(
+        tmp_path,
+        run_dir=bucket.uri,
+        zoo={"path": str(make_zoo(tmp_path / "zoo", ("flat", "solid", "mixed")))},
+        tracking={"uri": "jsonl"},
+        register={"enabled": False},
+        evaluate={"controls": []},
+        sweep={"space": {"distill.loop.optim.lr": [1e-2, 5e-3, 2e-3]}, "search": "grid", "max_concurrent": 1},
+    )
+
+    def rows() -> dict[str, tuple[Any, str]]:
+        found = bucket.objects()
+        return {name: found[name] for name in found if name.startswith("sweep/") and name.endswith("/row.json")}
+
+    process = start(settings, tmp_path / "first", "sweep")
+    deadline = time.monotonic() + 240
+    try:
+        while not rows():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "no trial ended"
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    before = rows()
+    assert 1 <= len(before) < 3
+    assert f"{len(before)} have ended before" in finish(settings, tmp_path / "second", "sweep")
+    after = bucket.objects()
+    assert {name: after[name] for name in before} == before and len(rows()) == 3
+    left = {name.split("/")[2] for name in after if name.startswith("sweep/")}
+    assert {"trials.parquet", "best.yaml", "parallel.svg", "promoted.json"} <= left
+    # A third machine trains nothing, and goes on from the best one's student.
+    output = finish(settings, tmp_path / "third", "sweep")
+    assert "3 have ended before" in output and "side by side" not in output
+    [best] = (tmp_path / "third").rglob("best.yaml")
+    assert "distill unchanged since" in finish(settings, tmp_path / "third", "evaluate", "-c", str(best))
 
 
 def test_what_is_cut_off_does_not_show_in_a_bucket(bucket: Bucket, tmp_path: Path, monkeypatch) -> None:

@@ -1,6 +1,5 @@
 """Sweeps on one real Ray with two processors: trials that drive workers of their own, and what is left of them."""
 
-import contextlib
 import io
 import json
 import os
@@ -18,32 +17,25 @@ import yaml
 from ray._private.state import actors
 from rich.console import Console
 
-from pipeline.cluster import tasks, trials
 from pipeline.errors import Interrupted
 from pipeline.report.console import Display
-from pipeline.settings_files import load_settings
+from pipeline.settings_files import apply, load_settings
+from pipeline.stages import sweep_trials
 from pipeline.stages.base import Run
 from pipeline.stages.run import run_pipeline, show_status
 from pipeline.stages.sweep import sweep
+from pipeline.stages.sweep_assess import faculty_scores
+from pipeline.stages.sweep_fit import _Fleet
 from tests import tiny
+from tests.inprocess import without_ray
 from tests.recorder import Recorder
-from tests.unit.test_recording_pipeline import map_tasks, run_trials
+from tests.unit.test_stages_remote import Machine
 
 pytestmark = pytest.mark.integration
 
 LR = "distill.loop.optim.lr"
 # The first learns, those next to nothing can't, and one is thrown off at once.
 RATES = [1e-2, 1e-9, 1e38, 2e-9, 5e-3, 3e-9]
-
-
-@contextlib.contextmanager
-def here():
-    """Teachers are run in this process, one after the other: what is tested comes after that."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "run_trials", run_trials)
-        patch.setattr(tasks, "map_tasks", map_tasks)
-        patch.setattr(Run, "open_cluster", lambda self: None)
-        yield
 
 
 def settings_of(folder, *overrides, **swept):
@@ -69,7 +61,7 @@ def prepared(tmp_path_factory):
             "resources": {"num_workers": 0},
         },
     )
-    with here():
+    with without_ray():  # teachers are run in this process: what is tested comes after that
         run_pipeline(load_settings([folder / "run.yaml"]), until="amalgamate", display=quiet())
     return folder
 
@@ -247,6 +239,51 @@ def test_settings_of_the_assessment_are_swept_without_a_forward_pass(prepared, t
     assert sweep(settings, display=quiet()).rows == swept.rows
 
 
+def test_a_sweep_in_a_store_is_finished_by_another_machine(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "world")
+    bucket = tmp_path / "bucket"
+    (tmp_path / "world" / "run").rename(bucket)
+    (bucket / ".lock").unlink()
+    machines = Machine(tmp_path, monkeypatch, "mock://bucket/run")  # such a store holds no checkpoints: none are made
+    monkeypatch.setattr("pipeline.data.claim._SETTLE_S", 0.0)
+    monkeypatch.setattr(Run, "open_cluster", lambda self: pytest.fail("a teacher was to be run"))
+    space = {"select.teachers": ["all", ["flat", "solid"], ["mixed"]], "assess.bridge.temperature": [0.5, 1.0]}
+    swept = settings_of(tmp_path / "world", space=space, search="grid", metric="faculty_accuracy")
+    settings, calls = apply(swept, {"run_dir": machines.uri}), []
+
+    def third_time_cut_off(run):
+        calls.append(run)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return faculty_scores(run)
+
+    machines.on("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_trials, "faculty_scores", third_time_cut_off)
+        with pytest.raises(Interrupted, match="2 of 6 trials have ended"):
+            sweep(settings, display=quiet())
+    [folder] = (bucket / "sweep").iterdir()
+    before = {path: path.read_bytes() for path in folder.glob("trials/*/row.json")}
+    assert len(before) == 2
+
+    machines.on("second")
+    whole = sweep(settings, display=quiet())
+    assert [row.state for row in whole.rows] == ["done"] * 6
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list(folder.glob("trials/*/row.json"))) == 6
+    assert {"trials.parquet", "best.json", "best.yaml", "parallel.svg", "importance.json"} <= set(os.listdir(folder))
+    told = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+    assert (told["trial"], told["images"]) == (whole.best.trial, 32) and told["standard_error"] > 0
+
+    # A machine that has seen nothing of it has nothing to do, and says the same.
+    machines.on("third")
+    monkeypatch.setattr(sweep_trials, "faculty_scores", lambda run: pytest.fail("a trial was run again"))
+    display = quiet()
+    again = sweep(settings, display=display)
+    assert (again.rows, again.best) == (whole.rows, whole.best)
+    assert f"± {told['standard_error']:.4f} on 32 images" in display.console.export_text()
+
+
 @pytest.mark.slow
 def test_a_sweep_whose_driver_was_killed_goes_on(world, no_cluster):
     space = {LR: [1e-2, 5e-3, 2e-3], "distill.loop.epochs": [40]}
@@ -284,3 +321,54 @@ def test_a_population_takes_over_weights_and_values(cluster, world):
     # Those that could not learn went on from those that could.
     assert max(row.metric for row in swept.rows) < 1.39
     assert all((swept.folder / "trials" / row.trial / "student" / "model.safetensors").exists() for row in swept.rows)
+
+
+@pytest.mark.slow
+def test_an_interrupted_population_goes_on(cluster, world, monkeypatch):
+    settings = settings_of(
+        world,
+        "distill.loop.epochs=12",
+        space={LR: {"dist": "loguniform", "lower": 1e-4, "upper": 1e-2}},
+        metric="validation_nll",
+        trials=2,
+        scheduler={"pbt": {"interval": 2}},
+    )
+
+    def kept():
+        paths = (world / "run" / "sweep").glob("*/trials/*/member.json")
+        return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+    def interrupt():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and len(kept()) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted, match="0 of 2 trials have ended"):
+        sweep(settings, display=quiet())
+    thread.join()
+    before, proposed, heard = kept(), {}, {}
+    assert left() == [] and len(before) == 2
+
+    def noted(propose):
+        def call(self):
+            found = propose(self)
+            if found is not None:
+                proposed[self._names[found.name]] = found.values
+            return found
+
+        return call
+
+    monkeypatch.setattr(_Fleet, "propose", noted(_Fleet.propose))
+    monkeypatch.setattr(
+        sweep_trials.Trials, "report", lambda self, trial, metrics: heard.setdefault(trial, []).append(metrics["epoch"])
+    )
+    swept = sweep(settings, display=quiet())
+    assert [row.state for row in swept.rows] == ["done"] * 2 and left() == []
+    for row in swept.rows:
+        member = before[row.trial]
+        assert proposed[row.trial] == member["values"]
+        assert heard[row.trial][0] > 2 and heard[row.trial][-1] == 12  # no epoch of its first leg was trained again
+        assert row.curve[0] == tuple(member["curve"][0])

@@ -29,16 +29,16 @@ URI = "s3://bucket/run"
 class Machine:
     """A machine with a cache of its own, and the store that all machines share."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self._patch = folder, monkeypatch
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, uri: str = URI) -> None:
+        self.folder, self._patch, self.uri = folder, monkeypatch, uri
         (folder / "bucket").mkdir(exist_ok=True)
 
     def on(self, name: str) -> RunFolder:
         self._patch.setenv("FACULTY_CACHE", str(self.folder / name))
-        local = local_place(URI)
+        local = local_place(self.uri)
         store = fs.SubTreeFileSystem(str(self.folder / "bucket"), fs.LocalFileSystem())
-        self._patch.setitem(Mirror._known, (URI, local), Mirror(URI, local, store))
-        return RunFolder(URI)
+        self._patch.setitem(Mirror._known, (self.uri, local), Mirror(self.uri, local, store))
+        return RunFolder(self.uri)
 
 
 @pytest.fixture

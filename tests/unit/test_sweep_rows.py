@@ -11,7 +11,16 @@ import pytest
 import yaml
 
 from pipeline.stages.sweep import draw
-from pipeline.stages.sweep_rows import SweepFolder, TrialRow, about_best, best_of, common_epoch, compared, overlay
+from pipeline.stages.sweep_rows import (
+    Member,
+    SweepFolder,
+    TrialRow,
+    about_best,
+    best_of,
+    common_epoch,
+    compared,
+    overlay,
+)
 from pipeline.sweep_spec import SweepSpec
 
 SPEC = SweepSpec(
@@ -50,6 +59,18 @@ def test_a_row_that_was_cut_off_does_not_count(tmp_path: Path, share: float) -> 
     (folder.trial("c")).mkdir()
     (folder.trial("c") / "row.json").write_bytes((folder.trial("b") / "row.json").read_bytes())  # copied by hand
     assert set(folder.rows()) == {"b"}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+def test_where_a_member_stands_comes_back_or_it_begins_anew(tmp_path: Path, share: float) -> None:
+    folder, member = SweepFolder(tmp_path), Member({"distill.loop.optim.lr": 0.02}, ((1, 1.5), (2, 1.25)))
+    assert folder.member("a") == Member({}, ())
+    folder.keep_member("a", member)
+    assert SweepFolder(tmp_path).member("a") == member and folder.rows() == {}
+    path = tmp_path / "trials" / "a" / "member.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[: int(share * len(text))], encoding="utf-8")
+    assert folder.member("a") == Member()
 
 
 def test_what_failed_in_a_way_that_may_pass_is_tried_again() -> None:

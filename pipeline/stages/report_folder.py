@@ -45,7 +45,9 @@ def kept_run(root: str | Path, display: Display | None = None) -> KeptRun:
     files = RunFolder(root)
     files.check()
     if not (files.root / "run.json").is_file():
-        raise UserError(f"{files.place}: is no run folder (it has no run.json); give the run_dir of a run, or run it first")
+        raise UserError(
+            f"{files.place}: is no run folder (it has no run.json); give the run_dir of a run, or run it first"
+        )
     settings_file = files.root / "settings.yaml"
     if not settings_file.is_file():
         raise UserError(f"{settings_file}: does not exist; run the pipeline into this folder first")

@@ -107,8 +107,8 @@ def open_registry(spec: TrackingSpec, run_dir: str | Path) -> Registry:
         raise UserError("there is no model registry without MLflow: name one with --tracking-uri, or `tracking.uri`")
     if not exists(store):
         raise UserError(
-            f"there is no model registry {store.shown} (yet: a run makes it that registers its student); name another with "
-            "--tracking-uri, or -c run.yaml"
+            f"there is no model registry {store.shown} (yet: a run makes it that registers its student); name another "
+            "with --tracking-uri, or -c run.yaml"
         )
     if store.kind == "server":
         check_server(store.uri, spec.timeout)

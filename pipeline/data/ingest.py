@@ -358,7 +358,8 @@ def _collect(source: Source, spec: ImageSpec, spool: _Spool, renumber: list[int]
         raise DataError(
             f"{source.where}: {len(skipped)} of {seen} images are unreadable, more than `image.max_unreadable` "
             f"{spec.max_unreadable:g}; the first: {skipped[0][0]} ({skipped[0][1]}); most often: "
-            f"{', '.join(f'{reason} ({count})' for reason, count in reasons)}; mend them or raise `task.image.max_unreadable`"
+            f"{', '.join(f'{reason} ({count})' for reason, count in reasons)}; mend them or raise "
+            "`task.image.max_unreadable`"
         )
     return skipped
 

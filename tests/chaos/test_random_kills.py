@@ -48,8 +48,6 @@ def main(home: Path) -> None:
 
     import tests.unit.test_engine_resume  # noqa: F401
 
-    # Once, and not in each child: the first optimiser imports a good part of torch.
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     torch.set_num_threads(1)
     (home / "whole").mkdir()
     assert child(home / "whole", None) == 0

@@ -128,8 +128,9 @@ def publish(runs: Sequence[Sequence[dict[str, Any]]]) -> None:
         for row in rows
         if row["worst"] is not None
     ]
+    count = "a run of the demo" if len(runs) == 1 else f"{len(runs)} runs of the demo with other seeds"
     note = (
-        f"Bars of more than {SHORT:.0f} s in {len(runs)} runs of the demo with other seeds, from nothing; seconds from "
+        f"Bars of more than {SHORT:.0f} s in {count}, from nothing; seconds from "
         "the bar's appearance to its end, with the start of workers. Off: by how much the end that was told missed the "
         "one that came, as a share of all its seconds, after the first step with a tenth of the work behind it, and at "
         "the worst step from there on. rich's: the same steps, counted, at their speed in the last 30 s; empty where "

@@ -93,7 +93,7 @@ def show_table(table: Table) -> None:
         heads[name] = "right" if column.justify == "right" else "left"
     rows = zip(*([html.text(plain(cell)) for cell in column.cells] for column in table.columns), strict=True)
     shown = html.table(heads, [list(row) for row in rows], title=plain(table.title or ""))
-    console = Console(file=io.StringIO(), width=WIDTH, force_jupyter=False)
+    console = Console(file=io.StringIO(), width=WIDTH, force_jupyter=False, color_system=None)
     console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     DisplayHandle().display({"text/plain": text, "text/html": shown}, raw=True)

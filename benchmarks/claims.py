@@ -134,8 +134,13 @@ CLAIMS = (
           main=False),
     Claim("eta", "time left on a progress bar, how far off from its first tenth on", "the time that it took",
           "time left", share, main=False),
-    Claim("plan", "planned seconds, how far off", "what it took", "seconds: how far", share),
-    Claim("plan", "planned memory, how far off", "what it took", "memory.*how far", share),
+    Claim("plan", "planned seconds of a stage off by, first run on a machine", "what it took",
+          "^calibrated, first run: .*seconds", share),
+    Claim("plan", "planned seconds of a stage off by, later runs on it", "what it took",
+          "^calibrated, runs before: .*seconds", share),
+    Claim("plan", "planned seconds of a stage off by, another run of the folder", "what it took",
+          "^recorded: .*seconds", share),
+    Claim("plan", "planned memory of a teacher's process off by", "what it took", "memory", share),
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Plan against actual: the demo planned, run, and compared stage by stage: about five minutes on two cores.
 
-    python -m benchmarks.plan [--run conf/demo/run.yaml] [--rounds N] [--work FOLDER]
+    python -m benchmarks.plan [--run conf/demo/run.yaml] [--rounds N] [--work FOLDER] [--first]
 
 A round is a calibration, a run in an empty folder, and a second run of twice the epochs that is planned from what the
 first one recorded; each of these is a command of its own, as a user gives it. The first round finds no former run
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import ROOT, goal, write
+from benchmarks.results import RESULTS, ROOT, goal, write
 from pipeline.planning.against import FILE, WITHIN_MEMORY, WITHIN_SECONDS, against
 from pipeline.settings_files import load_settings
 
@@ -58,23 +58,29 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=ROOT / "conf" / "demo" / "run.yaml")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--first", action="store_true", help="the first run alone; keep the other rows")
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="faculty-bench-"))
     longer = f"distill.loop.epochs={2 * load_settings([arguments.run]).distill.loop.epochs}"
+    if arguments.first:
+        kept = json.loads((RESULTS / "plan.json").read_text(encoding="utf-8"))["rows"]
+        publish(measure(FIRST, arguments.run, work / "first") + [row for row in kept if row["origin"] != FIRST])
+        return
     found: list[dict[str, Any]] = []
     for number in range(arguments.rounds):
         folder = work / f"round{number}"
         found += measure(FIRST if number == 0 else LATER, arguments.run, folder)
         found += measure(RECORDED, arguments.run, folder, longer)
-    publish(found, arguments.rounds)
-
-
-def publish(found: list[dict[str, Any]], rounds: int) -> None:
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in found:
         groups.setdefault((row["origin"], row["stage"], row["what"]), []).append(row)
+    publish([_median(group) for group in groups.values()])
+
+
+def publish(found: list[dict[str, Any]]) -> None:
     order = [FIRST, LATER, RECORDED]
-    rows = [_median(groups[key]) for key in sorted(groups, key=lambda key: order.index(key[0]))]
+    rows = [_told(row) for row in sorted(found, key=lambda row: order.index(row["origin"]))]
+    rounds = max(len(row["ratios"]) for row in rows)
     goals = [
         goal(
             f"{row['origin']}: {row['stage']}, {row['what']}: how far the plan is off",
@@ -99,8 +105,12 @@ def _median(group: list[dict[str, Any]]) -> dict[str, Any]:
         key: statistics.median(row[key] for row in group) if group[0][key] is not None else None
         for key in ("planned", "actual", "ratio", "start")
     }
-    ratios = [row["ratio"] for row in group]
-    return group[0] | numbers | {"ratios": ratios, "rounds": " ".join(f"{ratio:.2f}" for ratio in ratios)}
+    return group[0] | numbers | {"ratios": [row["ratio"] for row in group]}
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    ratios = row.get("ratios", [row["ratio"]])
+    return row | {"ratios": ratios, "rounds": " ".join(f"{ratio:.2f}" for ratio in ratios)}
 
 
 if __name__ == "__main__":

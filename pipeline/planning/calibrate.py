@@ -19,7 +19,7 @@ from pipeline.config import Settings
 from pipeline.errors import FacultyError
 from pipeline.models.teacher import Teacher, predict
 from pipeline.planning import rehearsal
-from pipeline.planning.facts import LABELLED
+from pipeline.planning.facts import LABELLED, Facts
 from pipeline.planning.rates import Rates, Starts, derived, points_of
 from pipeline.planning.sizes import widths_of
 from pipeline.planning.steps import step_seconds
@@ -28,12 +28,15 @@ from pipeline.planning.work import JUDGED, Work, workers_of
 
 SECONDS = 30.0
 _TEACHERS = 8  # architectures that are tried at most
-_SHARES = {"images": 0.05, "teachers": 0.15, "steps": 0.1, "scores": 0.05, "pictures": 0.15, "starts": 0.5}
+_SHARES = {"images": 0.05, "teachers": 0.15, "steps": 0.1, "scores": 0.05, "pictures": 0.05, "starts": 0.6}
 _PATIENCE = 10.0  # seconds beyond the time, after which Ray is no longer waited for
 PARTS = tuple(_SHARES)
 _SCORED = 2000  # images that a score is tried on at most
 _WIDEST = 4e6  # features over all images of a fit that is tried: seconds for more
 _DECODED = 2048
+# Of what former runs tell, see `pipeline.stages.base.Run.timed`.
+_KNOWN = ("session", "trials", "tasks", "group", "register")
+
 Load = Callable[[str], Teacher]
 
 
@@ -97,11 +100,11 @@ def calibrate(
         if name not in parts:
             continue
         if name == "starts":
-            begun, resident = _starts(clock, settings, known, notes)
+            begun, resident = _starts(clock, settings, work.facts, known, notes)
             starts |= begun
             found = replace(found, resident=resident)
         elif name == "pictures":
-            starts |= _ends(settings, work, clock, known, notes)
+            starts |= _pictures(settings, work)
         else:
             found = replace(found, **measures[name]())
         advance(1, name)
@@ -122,23 +125,23 @@ def sample(teachers: Sequence[TeacherSize], most: int = _TEACHERS) -> list[Teach
 
 
 def _starts(
-    clock: _Clock, settings: Settings, former: Mapping[str, float], notes: list[str]
+    clock: _Clock, settings: Settings, facts: Facts, former: Mapping[str, float], notes: list[str]
 ) -> tuple[dict[str, float], int | None]:
     """Return what starting takes, and the bytes of a worker that has begun: as former runs had it, or as it is tried.
 
     An existing cluster is not joined for it: its workers begin as those of a local Ray do.
     """
     spec, resident = settings.cluster, former.get("resident", 0.0)
-    found = {kind: former[kind] for kind in ("session", "trials", "tasks", "group") if kind in former}
+    found = {kind: former[kind] for kind in _KNOWN if kind in former}
     if not rehearsal.known(former):
         beside = max(1, min(workers_of(settings.distill.resources, _here()), os.cpu_count() or 1))
         local = spec if spec.local else ClusterSpec(num_cpus=beside)
-        tried = rehearsal.starts(local, beside, max(clock.left(), 0.0) + _PATIENCE)
-        if "tasks" not in tried:
+        student = settings.distill.student if settings.registration.enabled and "register" not in former else None
+        limit = max(clock.left(), 0.0) + _PATIENCE
+        tried = rehearsal.starts(local, beside, student, facts.classes, facts.shape, limit)
+        if "train" not in tried:
             notes.append("starting Ray and its first workers took longer than can be tried: it is partly assumed")
-        assumed = Starts()
-        own = {kind: tried.get(kind, getattr(assumed, kind)) for kind in ("driver", "session", "tasks")}
-        found = derived(**own) | found
+        found = derived(tried) | found
         resident = resident or tried.get("resident", 0.0)
     return found, int(resident) or None
 
@@ -149,22 +152,12 @@ def _here() -> Any:
     return this_machine(ClusterSpec())
 
 
-def _ends(
-    settings: Settings, work: Work, clock: _Clock, former: Mapping[str, float], notes: list[str]
-) -> dict[str, float]:
-    """Return what pictures take, where any are drawn, and the export of the student, known or tried."""
-    found: dict[str, float] = {}
-    if settings.tracking.enabled:
-        drawn = rehearsal.pictures(work.facts.classes, max(work.candidates, 1))
-        found |= {"picture": drawn["first"], "matrix": drawn["matrix"], "panel": drawn["panel"]}
-    if "register" in former:
-        found["register"] = former["register"]
-    elif settings.registration.enabled and clock.left() > 0:
-        try:
-            found["register"] = rehearsal.export(settings, work)
-        except (FacultyError, ValueError, RuntimeError) as error:
-            notes.append(f"the student can't be exported ({str(error).splitlines()[0][:120]})")
-    return found
+def _pictures(settings: Settings, work: Work) -> dict[str, float]:
+    """Return what pictures take, where any are drawn."""
+    if not settings.tracking.enabled:
+        return {}
+    drawn = rehearsal.pictures(work.facts.classes, max(work.candidates, 1))
+    return {"picture": drawn["first"], "matrix": drawn["matrix"], "panel": drawn["panel"]}
 
 
 def _images(settings: Settings, clock: _Clock) -> dict[str, Any]:

@@ -55,20 +55,32 @@ class Starts:
     register: float = 6.0
 
 
-def derived(*, driver: float, session: float, tasks: float) -> dict[str, float]:
-    """Return starts from what was measured: those of Tune and of Train by the processes that they start.
+def derived(tried: Mapping[str, float]) -> dict[str, float]:
+    """Return starts from what a rehearsal measured: those of Tune and of Train by what they start one after the other.
 
-    A process on Ray begins with Ray's own import, as the driver did. Tune imports itself in the driver and once more in
-    its trials, which then import as tasks do. Train starts a controller, a process by which workers meet, and the
-    workers, one after the other.
+    Tune is imported by the driver, then a trial's process begins, imports Tune, too, and what a worker needs. Train is
+    imported by the driver; a controller's process begins and imports it, too; then a process begins by which workers
+    meet, and the workers, which import what they need. That these take each other's processors is not in it.
+
+    Parameters
+    ----------
+    tried : mapping of str to float
+        See `pipeline.planning.rehearsal.starts`; what is not in it is assumed.
     """
-    return {
-        "driver": driver,
-        "session": driver + session,
-        "tasks": tasks,
-        "trials": 2 * driver + tasks,
-        "group": 3 * driver + tasks,
-    }
+    assumed = Starts()
+    found = {"driver": tried.get("driver", assumed.driver)}
+    if "session" in tried:
+        found["session"] = found["driver"] + tried["session"]
+    if "tasks" in tried:
+        found["tasks"] = tried["tasks"]
+    if "train" in tried:
+        process, imports, tune = tried["process"], tried["imports"], tried["tune"]
+        train = tune + tried["train"]  # which was imported after the other, and needs it
+        found["trials"] = tune + process + imports
+        found["group"] = train + (process + train) + process + (process + imports)
+    if "register" in tried:
+        found["register"] = tried["register"]
+    return found
 
 
 @dataclass(frozen=True)

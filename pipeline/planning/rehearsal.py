@@ -1,4 +1,4 @@
-"""What starting takes, tried: a local Ray and its first workers in a process of their own, pictures, an export.
+"""What starting takes, tried: a local Ray, its first workers and an export in a process of their own; pictures.
 
 These are the run's own calls, on nothing: no teacher is loaded, no image is read, and all that is written goes with a
 temporary folder. ``python -m pipeline.planning.rehearsal`` reads what to try from its standard input and prints a line
@@ -7,6 +7,7 @@ of JSON for each part that is over, so that whoever grows impatient keeps what h
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -18,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.spec import ClusterSpec
-from pipeline.config import Settings
-from pipeline.planning.work import Work
+from pipeline.models.spec import StudentSpec
 
 # What a worker imports before it begins: the trial of a teacher, a training.
 _WORKER = (
@@ -30,32 +30,57 @@ _WORKER = (
     "pipeline.assessment.probe",
     "pipeline.models.sources",
 )
+# What Tune and Train import in the driver, and once more in the process that stands for it.
+_DRIVERS = {"tune": ("pipeline.cluster.trainable",), "train": ("pipeline.cluster.controller",)}
 _MOST = 40  # rows or columns of a picture, as in `pipeline.report.plots`
 _STATUS = Path("/proc/self/status")
 
 
-def starts(spec: ClusterSpec, beside: int, limit: float) -> dict[str, float]:
-    """Start a local Ray and its first workers in another process, for `limit` seconds at most.
+def starts(
+    spec: ClusterSpec,
+    beside: int,
+    student: StudentSpec | None,
+    classes: int,
+    shape: tuple[int, int, int],
+    limit: float,
+) -> dict[str, float]:
+    """Start a local Ray and its first workers in another process, and export a student there.
 
     Parameters
     ----------
     spec : ClusterSpec
     beside : int
         Workers that begin together.
+    student : StudentSpec, optional
+        None: nothing is exported.
+    classes : int
+        That it tells apart.
+    shape : (int, int, int)
+        Of an image.
     limit : float
+        Seconds, at most.
 
     Returns
     -------
     dict
         As far as it came: ``driver``, until Ray was imported; ``session``, until it had started; ``tasks``, until
-        workers had imported what they need; and ``resident``, the bytes that one of them then had.
+        workers had imported what they need, ``imports`` of it for that; ``resident``, the bytes that a worker then had;
+        ``process``, until a process that Ray had not begun beforehand answered; ``tune`` and ``train``, until these
+        were imported; ``register``, until the student was exported and compared with itself.
     """
-    asked = json.dumps({"cluster": spec.model_dump(mode="json"), "beside": beside})
+    asked = {"cluster": spec.model_dump(mode="json"), "beside": beside, "classes": classes, "shape": shape}
+    asked["student"] = None if student is None else student.model_dump(mode="json")
     command = [sys.executable, "-m", "pipeline.planning.rehearsal"]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(entry for entry in sys.path if entry))
     try:
         said = subprocess.run(
-            command, input=asked, capture_output=True, text=True, timeout=limit, check=False, env=environment
+            command,
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            check=False,
+            env=environment,
         ).stdout
     except subprocess.TimeoutExpired as error:
         said = error.stdout or ""
@@ -68,7 +93,7 @@ def starts(spec: ClusterSpec, beside: int, limit: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Try Ray, and tell what came of it."""
+    """Try Ray, then the export, and tell what came of it."""
     asked = json.load(sys.stdin)
     began = time.perf_counter()
     from pipeline.cluster.session import session
@@ -77,31 +102,46 @@ def main() -> None:
     began = time.perf_counter()
     with session(ClusterSpec(**asked["cluster"])):
         _tell(session=time.perf_counter() - began)
-        from pipeline.cluster.tasks import map_tasks
+        _workers(asked["beside"])
+    if asked["student"] is not None:
+        _tell(register=export(StudentSpec(**asked["student"]), asked["classes"], tuple(asked["shape"])))
 
-        began = time.perf_counter()
-        answers = map_tasks(a_worker, list(range(asked["beside"])))
-        seconds = time.perf_counter() - began
-        known = [value for value, error in answers if value is not None]
-        if known:
-            _tell(tasks=seconds, resident=max(known))
+
+def _workers(beside: int) -> None:
+    from pipeline.cluster.processes import answered
+    from pipeline.cluster.tasks import map_tasks
+
+    began = time.perf_counter()
+    answers = map_tasks(a_worker, list(range(beside)))
+    seconds = time.perf_counter() - began
+    known = [value for value, error in answers if value is not None]
+    if not known:
+        return
+    imports, resident = (max(values) for values in zip(*known, strict=True))
+    _tell(tasks=seconds, imports=imports, resident=resident)
+    # Processes that are idle are taken first: the one beyond them has to be begun.
+    _tell(process=_seconds(lambda: answered(beside + 1)))
+    for name, modules in _DRIVERS.items():
+        _tell(**{name: _seconds(lambda modules=modules: _load(modules))})
 
 
 def _tell(**found: float) -> None:
     print(json.dumps(found), flush=True)
 
 
-def a_worker(number: int) -> int:
-    """Import what workers import; return the bytes that the process then has in memory, 0 where nothing says it."""
-    import importlib
-
-    for name in _WORKER:
-        importlib.import_module(name)
+def a_worker(number: int) -> tuple[float, int]:
+    """Import what workers import; return the seconds, and the bytes in memory then, 0 where nothing says it."""
+    seconds = _seconds(lambda: _load(_WORKER))
     try:
         lines = _STATUS.read_text(encoding="ascii").splitlines()
     except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
+        return seconds, 0
+    return seconds, next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
+
+
+def _load(modules: tuple[str, ...]) -> None:
+    for name in modules:
+        importlib.import_module(name)
 
 
 def pictures(classes: int, teachers: int) -> dict[str, float]:
@@ -132,7 +172,7 @@ def pictures(classes: int, teachers: int) -> dict[str, float]:
     return {"first": max(first - again, 0.0), "matrix": again, "panel": panel}
 
 
-def export(settings: Settings, work: Work) -> float:
+def export(spec: StudentSpec, classes: int, shape: tuple[int, int, int]) -> float:
     """Return the seconds to export a student as it is registered, and to compare the two."""
     import numpy as np
 
@@ -141,16 +181,15 @@ def export(settings: Settings, work: Work) -> float:
     from pipeline.tracking.quiet import load
 
     load()  # which a run has done before
-    facts = work.facts
-    names = [f"class {number}" for number in range(facts.classes)]
-    student = build_student(settings.distill.student, len(names), facts.shape).eval()
-    example = np.random.default_rng(0).integers(0, 256, (4, *facts.shape), dtype=np.uint8)
+    names = [f"class {number}" for number in range(classes)]
+    student = build_student(spec, classes, shape).eval()
+    example = np.random.default_rng(0).integers(0, 256, (4, *shape), dtype=np.uint8)
     with tempfile.TemporaryDirectory(prefix="faculty-plan-") as folder:
         path = Path(folder) / "model"
 
         def once() -> None:
             expected = logits_of(student, example, names)
-            export_student(student, path, image_shape=facts.shape, num_classes=len(names), metadata={})
+            export_student(student, path, image_shape=shape, num_classes=classes, metadata={})
             check_export(path, student, example, expected)
 
         return _seconds(once)

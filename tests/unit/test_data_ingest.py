@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.ingest import IngestReport, build_table
-from pipeline.data.pixels import sample_id
+from pipeline.data import ingest
+from pipeline.data.ingest import IngestReport, build_table, try_reading
+from pipeline.data.pixels import canonical, sample_id
 from pipeline.data.spec import ImageFolderSource, ImageSpec, NumpySource, SplitSpec
 from pipeline.data.table import NO_LABEL, SPLITS, ImageTable
 from pipeline.errors import ConfigError, DataError
@@ -251,3 +252,22 @@ def test_shards_of_a_split_have_all_classes(tmp_path):
     shards = [ImageTable.open(report.path).split("test").shard(rank, 3) for rank in range(3)]
     for shard in shards:  # 150 of 450: 50 a class, standard deviation below 5
         assert all(30 <= count <= 70 for count in Counter(shard.labels.tolist()).values())
+
+
+def test_reading_can_be_tried_and_leaves_nothing(tmp_path, source):
+    many = save(tmp_path / "many.npz", make_images(900), np.arange(900) % 3)
+    found = try_reading(many, IMAGE, tmp_path, seconds=60.0)
+    assert found is not None and found.seconds > 0 and found.opening >= 0
+    assert found.size == 16  # 4 x 4, as they are stored
+    assert try_reading(source, IMAGE, tmp_path, seconds=60.0).seconds > 0  # fewer than are read at a time
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many.npz", "source.npz"]
+
+
+def test_no_more_is_tried_than_wanted(tmp_path, source, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        ingest, "canonical", lambda image, spec, origin: read.append(origin) or canonical(image, spec, origin)
+    )
+    many = save(tmp_path / "many.npz", make_images(2000), np.arange(2000) % 3)
+    try_reading(many, IMAGE, tmp_path, seconds=60.0, most=512)
+    assert len(read) == 512

@@ -511,9 +511,8 @@ def test_a_calibration_runs_the_work_itself(folder: Path, monkeypatch: pytest.Mo
     from pipeline.planning import calibrate as room
     from pipeline.planning.teachers import size_teachers
 
-    tried = {"driver": 1.0, "session": 2.0, "tasks": 1.5, "resident": 2**20}
-    monkeypatch.setattr(room.rehearsal, "starts", lambda spec, beside, limit: tried)
-    monkeypatch.setattr(room.rehearsal, "export", lambda settings, work: 2.5)
+    tried = {"driver": 1.0, "session": 2.0, "tasks": 1.5, "resident": 2**20, "register": 2.5}
+    monkeypatch.setattr(room.rehearsal, "starts", lambda *asked: tried)
     settings, zoo = settings_of(folder, "evaluate.seeds=2"), load_zoo(folder / "zoo.yaml")
     teachers = size_teachers(zoo.values(), (1, SIDE, SIDE), trusted=settings.zoo.trusted_factories)
     work = work_for(settings, teachers)

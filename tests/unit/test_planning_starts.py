@@ -106,9 +106,13 @@ def test_the_first_trial_of_a_process_is_a_start() -> None:
 # --- tried ------------------------------------------------------------------------------------------------------------
 
 
-def test_starts_are_those_of_the_processes_in_a_row() -> None:
-    found = derived(driver=2.0, session=10.0, tasks=7.0)
-    assert found == {"driver": 2.0, "session": 12.0, "tasks": 7.0, "trials": 11.0, "group": 13.0}
+def test_starts_are_those_of_what_begins_one_after_the_other() -> None:
+    tried = {"driver": 1.0, "session": 10.0, "tasks": 7.0, "imports": 6.0, "process": 2.0, "tune": 0.5, "train": 0.25}
+    found = derived(tried | {"register": 4.0})
+    assert (found["session"], found["tasks"], found["register"]) == (11.0, 7.0, 4.0)
+    assert found["trials"] == 0.5 + 2 + 6
+    assert found["group"] == 0.75 + (2 + 0.75) + 2 + (2 + 6)
+    assert derived({"driver": 1.0}) == {"driver": 1.0}  # the rest is assumed
 
 
 def test_what_a_rehearsal_has_said_counts_though_it_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +120,7 @@ def test_what_a_rehearsal_has_said_counts_though_it_was_cut_off(monkeypatch: pyt
         raise subprocess.TimeoutExpired("python", 5.0, output=b'{"driver": 1.5}\nsomething else\n{"sess')
 
     monkeypatch.setattr(subprocess, "run", cut)
-    assert rehearsal.starts(ClusterSpec(), 2, 5.0) == {"driver": 1.5}
+    assert rehearsal.starts(ClusterSpec(), 2, None, 2, (1, 4, 4), 5.0) == {"driver": 1.5}
 
 
 def test_a_calibration_tries_no_start_that_former_runs_know(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,24 +131,24 @@ def test_a_calibration_tries_no_start_that_former_runs_know(folder: Path, monkey
     settings = settings_of(folder)
     former = {"session": 1.0, "trials": 2.0, "tasks": 3.0, "group": 4.0, "register": 5.0, "resident": 2.0**30}
     found = calibrate(settings, work_for(settings), lambda name: never(), parts=("starts",), former=former)
-    assert found.starts == dataclasses.replace(Starts(), session=1.0, trials=2.0, tasks=3.0, group=4.0)
+    assert found.starts == dataclasses.replace(Starts(), session=1.0, trials=2.0, tasks=3.0, group=4.0, register=5.0)
     assert found.resident == 2**30
 
 
 def test_what_could_not_be_tried_is_assumed_and_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal, "starts", lambda spec, beside, limit: {"driver": 3.0})
+    monkeypatch.setattr(rehearsal, "starts", lambda *asked: {"driver": 3.0, "session": 7.0})
     settings = settings_of(folder)
     found = calibrate(settings, work_for(settings), lambda name: None, parts=("starts",), former={"group": 40.0})  # type: ignore[arg-type,return-value]
-    assert found.starts.driver == 3.0 and found.starts.session == 3.0 + Starts().session
+    assert found.starts.driver == 3.0 and found.starts.session == 3.0 + 7.0
     assert found.starts.group == 40.0  # known
     assert found.resident is None and "partly assumed" in found.notes[0]
 
 
 def test_a_cluster_is_not_joined_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ClusterSpec] = []
-    monkeypatch.setattr(rehearsal, "starts", lambda spec, beside, limit: seen.append(spec) or {})
+    monkeypatch.setattr(rehearsal, "starts", lambda spec, *asked: seen.append(spec) or {})
     settings = settings_of(folder, "cluster.address=auto")
-    room._starts(room._Clock(1e12), settings, {}, [])
+    room._starts(room._Clock(1e12), settings, facts_of(settings, None), {}, [])
     assert seen[0].local
 
 

@@ -1,5 +1,6 @@
 """Who teaches: what the settings say, or what suits the task and the loss."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,16 @@ def test_no_class_is_lost_where_fewer_images_are_judged(monkeypatch: pytest.Monk
     assert torch.equal(rows, select._judged(labels, 3, seed=0))
     monkeypatch.setattr(select, "_JUDGED", 1)
     assert labels[select._judged(labels, 3, seed=0)].bincount().tolist() == [2, 2, 2]
+
+
+def test_a_small_fit_has_one_thread_and_others_have_theirs_again() -> None:
+    before = torch.get_num_threads(), sys.getswitchinterval()
+    torch.set_num_threads(2)
+    try:
+        with select._undisturbed(1e6):
+            assert torch.get_num_threads() == 1 and sys.getswitchinterval() < 1e-3
+        assert (torch.get_num_threads(), sys.getswitchinterval()) == (2, before[1])
+        with select._undisturbed(1e12):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before[0])

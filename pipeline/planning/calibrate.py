@@ -156,7 +156,9 @@ def _pictures(settings: Settings, work: Work) -> dict[str, float]:
     """Return what pictures take, where any are drawn."""
     if not settings.tracking.enabled:
         return {}
-    drawn = rehearsal.pictures(work.facts.classes, max(work.candidates, 1))
+    own = sorted(teacher.classes for teacher in work.teachers if teacher.classes is not None)
+    usual = own[len(own) // 2] if own else work.facts.classes
+    drawn = rehearsal.pictures(work.facts.classes, usual, max(work.candidates, 1))
     return {"picture": drawn["first"], "matrix": drawn["matrix"], "panel": drawn["panel"]}
 
 

@@ -144,8 +144,8 @@ def _load(modules: tuple[str, ...]) -> None:
         importlib.import_module(name)
 
 
-def pictures(classes: int, teachers: int) -> dict[str, float]:
-    """Draw a matrix between classes and a list of teachers.
+def pictures(classes: int, own: int, teachers: int) -> dict[str, float]:
+    """Draw the plan of a teacher of `own` classes, and a list of teachers.
 
     Returns
     -------
@@ -156,8 +156,8 @@ def pictures(classes: int, teachers: int) -> dict[str, float]:
 
     from pipeline.report.plots import plot_plan, plot_scores
 
-    names = [f"class {number}" for number in range(min(classes, _MOST))]
-    mass = np.random.default_rng(0).random((len(names), len(names)))
+    names, sources = ([f"class {number}" for number in range(min(many, _MOST))] for many in (classes, own))
+    mass = np.random.default_rng(0).random((len(sources), len(names)))
     rows = [
         {"teacher": f"teacher {number}", "score": number / 10, "score_low": number / 10 - 1, "score_high": number}
         for number in range(min(teachers, _MOST))
@@ -165,7 +165,7 @@ def pictures(classes: int, teachers: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="faculty-plan-") as folder:
 
         def matrix() -> None:
-            plot_plan(mass, names, names, Path(folder) / "plan.png", title="from a teacher's classes to the task's")
+            plot_plan(mass, sources, names, Path(folder) / "plan.png", title="from a teacher's classes to the task's")
 
         first, again = _seconds(matrix), _seconds(matrix)
         panel = _seconds(lambda: plot_scores(rows, Path(folder) / "scores.png"))

@@ -153,7 +153,7 @@ def test_a_cluster_is_not_joined_for_it(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_pictures_are_drawn_to_see_what_they_take() -> None:
-    found = rehearsal.pictures(classes=3, teachers=2)
+    found = rehearsal.pictures(classes=3, own=2, teachers=2)
     assert set(found) == {"first", "matrix", "panel"} and found["matrix"] > 0 and found["panel"] > 0
 
 

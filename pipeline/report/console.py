@@ -34,8 +34,8 @@ class Display:
 
     @property
     def moving(self) -> bool:
-        """Whether a bar moves, so that a note may come before the first step."""
-        return self.console.is_terminal
+        """Whether a bar moves, so that a note may come before the first step: on a terminal that can go back."""
+        return self.console.is_terminal and not self.console.is_dumb_terminal
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -48,7 +48,7 @@ class Display:
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
         """Show that something without countable steps is going on; only on a terminal."""
-        if not self.console.is_terminal:
+        if not self.moving:
             yield
             return
         with self.console.status(f"  {what}"):
@@ -81,7 +81,7 @@ class Display:
             How many steps are done side by side.
         """
         pace, unit = Pace(total if work is None else work, at_once), unit_of(title, unit)
-        if not self.console.is_terminal:
+        if not self.moving:
             yield _Lines(self.console, title, total, unit, pace)
             return
         columns = (

@@ -109,13 +109,18 @@ def test_lines_in_a_log_tell_rate_and_time_left(monkeypatch: pytest.MonkeyPatch)
     assert lines[-1] == "  epochs 8/8  50 images/s  faculty, epoch 8"
 
 
-def test_a_bar_on_a_terminal_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_a_bar_on_a_terminal_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     clock, out = Clock(), io.StringIO()
     monkeypatch.setattr("time.monotonic", clock)
+    monkeypatch.setenv("TERM", kind)  # a dumb one can't go back to move a bar: it gets lines
     console = Console(file=out, width=120, force_terminal=True, color_system=None, get_time=clock)
     with Display(console).bar("teachers", 4, at_once=1) as advance:
         for name in ("a[1]", "b"):
-            clock.now += 3.0
+            clock.now += 3.0 if name == "a[1]" or kind == "xterm" else 11.0
             advance(1, name)
     shown = out.getvalue()
-    assert "3.0 s/teacher  ETA 0:06  b" in shown and "2/4" in shown
+    if kind == "dumb":
+        assert shown == "  teachers 1/4  3.0 s/teacher  ETA 0:09  a[1]\n  teachers 2/4  7.0 s/teacher  ETA 0:14  b\n"
+    else:
+        assert "3.0 s/teacher  ETA 0:06  b" in shown and "2/4" in shown

@@ -7,6 +7,7 @@ of JSON for each part that is over, so that whoever grows impatient keeps what h
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -83,8 +84,8 @@ def starts(
             env=environment,
         ).stdout
     except subprocess.TimeoutExpired as error:
-        said = error.stdout or ""
-        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        cut: str | bytes = error.stdout or ""
+        said = cut.decode(errors="replace") if isinstance(cut, bytes) else cut
     found: dict[str, float] = {}
     for line in said.splitlines():
         if line.startswith("{") and line.endswith("}"):
@@ -122,7 +123,7 @@ def _workers(beside: int) -> None:
     # Processes that are idle are taken first: the one beyond them has to be begun.
     _tell(process=_seconds(lambda: answered(beside + 1)))
     for name, modules in _DRIVERS.items():
-        _tell(**{name: _seconds(lambda modules=modules: _load(modules))})
+        _tell(**{name: _seconds(functools.partial(_load, modules))})
 
 
 def _tell(**found: float) -> None:

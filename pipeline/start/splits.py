@@ -72,8 +72,7 @@ def batch_sizes(splits: SplitSpec, classes: int, total: int) -> tuple[int, int]:
         Images for all splits together.
     """
     labelled = splits.train_labelled * classes
-    held = (splits.probe + splits.validation + (splits.test or 0)) * classes
-    return _power(max(1, total - held), 128), _power(max(1, labelled), 64)
+    return _power(_taught(splits, classes, total), 128), _power(max(1, labelled), 64)
 
 
 def epochs_for(splits: SplitSpec, classes: int, total: int) -> int:
@@ -86,10 +85,13 @@ def epochs_for(splits: SplitSpec, classes: int, total: int) -> int:
     total : int
         Images for all splits together.
     """
-    held = (splits.probe + splits.validation + (splits.test or 0)) * classes
-    taught = max(1, total - held)
-    steps = math.ceil(taught / batch_sizes(splits, classes, total)[0])
+    steps = math.ceil(_taught(splits, classes, total) / batch_sizes(splits, classes, total)[0])
     return _between(math.ceil(_STEPS / steps), 20, 200)
+
+
+def _taught(splits: SplitSpec, classes: int, total: int) -> int:
+    held = (splits.probe + splits.validation + (splits.test or 0)) * classes
+    return max(1, total - held)
 
 
 def _between(value: int, least: int, most: int) -> int:

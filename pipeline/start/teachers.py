@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,16 @@ def _draft(
     return Draft(name, path, source, recognised, found, outputs, preprocessing, file_sha256(path), size_told)
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--teachers {path}: can't be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise UserError(f"--teachers {path}: {error}") from None
+
+
 def _from_program(path: Path, plain: dict[str, Any]) -> tuple[int | None, dict[str, Any] | None, bool]:
     """Return the outputs of an exported program, its preprocessing, and whether the program tells the size."""
     import torch
@@ -155,12 +166,8 @@ def _from_program(path: Path, plain: dict[str, Any]) -> tuple[int | None, dict[s
     from pipeline.models.archive import load_program, output_widths
     from pipeline.models.program import input_of
 
-    try:
+    with _reading(path):
         program = load_program(path)
-    except OSError as error:
-        raise UserError(f"--teachers {path}: can't be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise UserError(f"--teachers {path}: {error}") from None
     outputs = next(iter(output_widths(program)), None)
     traced = input_of(program)
     if traced is None or len(traced[0]) != 4:
@@ -181,12 +188,8 @@ def _from_weights(
     from pipeline.models.weights import read_state_dict
     from pipeline.start.weights import outputs_of, recognise
 
-    try:
+    with _reading(path):
         state = read_state_dict(path)
-    except OSError as error:
-        raise UserError(f"--teachers {path}: can't be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise UserError(f"--teachers {path}: {error}") from None
     kind = "safetensors" if path.suffix == ".safetensors" else "state_dict"
     side, channels = task
     plain = {"size": side, "channels": channels, "mean": [0.5], "std": [0.5]}

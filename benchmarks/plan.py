@@ -92,10 +92,10 @@ def publish(found: list[dict[str, Any]]) -> None:
         for row in rows
     ]
     note = (
-        f"{rounds} rounds, their medians. Calibrated: an empty run folder, half a minute of measuring before it; in "
-        "the first round no former run on the machine is known, in the others those of the rounds before are. "
-        "Recorded: the same folder with twice the epochs, from what its first run left; stages that were fresh have no "
-        "row. Each plan and each run is a process of its own. Seconds; memory is the peak of a process, in MiB."
+        f"{rounds} rounds, their medians. Calibrated: an empty run folder, half a minute of measuring before it; once "
+        "where no former run on the machine is known, in the other rounds beside those that are. Recorded: the same "
+        "folder with twice the epochs, from what its first run left; stages that were fresh have no row. Each plan and "
+        "each run is a process of its own. Seconds; memory is the peak of a process, in MiB."
     )
     write("plan", rows, goals, COLUMNS, note)
 

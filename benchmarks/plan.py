@@ -1,4 +1,4 @@
-"""Plan against actual: the demo planned, run, and compared stage by stage: about five minutes on two cores.
+"""Plan against actual: the demo planned, run, and compared stage by stage: seven minutes a round on two cores.
 
     python -m benchmarks.plan [--run conf/demo/run.yaml] [--rounds N] [--work FOLDER] [--first]
 

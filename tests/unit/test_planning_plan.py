@@ -422,6 +422,17 @@ def test_what_should_worry_is_told(folder: Path) -> None:
 # --- throughputs ------------------------------------------------------------------------------------------------------
 
 
+def leave_trainings(files: RunFolder, now: float) -> None:
+    """Two students, four epochs each, in steps of 2 and of 0.5 s."""
+    for name, step, images in (("faculty-seed0-a", 2.0, 48), ("no_teacher-seed0-b", 0.5, 16)):
+        home = files.root / "students" / name
+        home.mkdir(parents=True)
+        epoch = {"seconds": 3 * step, "images_per_second": images / step}
+        (home / "history.json").write_text(json.dumps([epoch] * 4), encoding="utf-8")
+        (home / "done.json").write_text("{}", encoding="utf-8")
+        os.utime(home / "done.json", (now - 10, now - 10))
+
+
 def finished(settings: Settings, teachers: list[TeacherSize]) -> RunFolder:
     """A run folder as a finished run leaves it, with figures that are easy to reckon with."""
     files = RunFolder(settings.run_dir)
@@ -445,13 +456,7 @@ def finished(settings: Settings, teachers: list[TeacherSize]) -> RunFolder:
         for number, one in enumerate(teachers)
     ]
     pq.write_table(pa.Table.from_pylist(rows), files.folder("assess", "k") / "assessment.parquet")
-    for name, step, images in (("faculty-seed0-a", 2.0, 48), ("no_teacher-seed0-b", 0.5, 16)):
-        home = files.root / "students" / name
-        home.mkdir(parents=True)
-        epoch = {"seconds": 3 * step, "images_per_second": images / step}
-        (home / "history.json").write_text(json.dumps([epoch] * 4), encoding="utf-8")
-        (home / "done.json").write_text("{}", encoding="utf-8")
-        os.utime(home / "done.json", (now - 10, now - 10))
+    leave_trainings(files, now)
     return files
 
 

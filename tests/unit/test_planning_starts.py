@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import platform
 import subprocess
 import time
@@ -30,6 +29,7 @@ from pipeline.settings_files import load_settings
 from pipeline.stages.artefacts import Record, RunFolder, write_settings
 from pipeline.stages.assess import start_of
 from tests.tiny import SIDE, make_data, make_settings, make_zoo
+from tests.unit.test_planning_plan import leave_trainings
 
 ALL = dict.fromkeys(STAGES, "missing")
 NOTHING = Starts(**dict.fromkeys(vars(Starts()), 0.0))
@@ -218,11 +218,5 @@ def former_run(settings: Any, work: Work) -> Rates | None:
     row = {"images": 80, "forward_seconds": 0.8, "seconds": 2.0, "error": None, "peak_mb": 500.0, "peak_gpu_mb": None}
     rows = [row | {"teacher": one.name} for one in work.teachers]
     pq.write_table(pa.Table.from_pylist(rows), files.folder("assess", "k") / "assessment.parquet")
-    for name, step, images in (("faculty-seed0-a", 2.0, 48), ("no_teacher-seed0-b", 0.5, 16)):
-        home = files.root / "students" / name
-        home.mkdir(parents=True)
-        epoch = {"seconds": 3 * step, "images_per_second": images / step}
-        (home / "history.json").write_text(json.dumps([epoch] * 4), encoding="utf-8")
-        (home / "done.json").write_text("{}", encoding="utf-8")
-        os.utime(home / "done.json", (now - 10, now - 10))
+    leave_trainings(files, now)
     return recorded(settings, work, files)

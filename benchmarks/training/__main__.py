@@ -24,7 +24,7 @@ from benchmarks.training.report import Found, publish, shown
 from benchmarks.training.turns import in_turn
 from benchmarks.training.world import BATCH, WORLDS, Run, Task
 
-CACHED, LIVE, REPLAYED, HELD = (1, 4, 8), (1, 4), (1, 8), (0, 1, 8)
+CACHED, LIVE, REPLAYED, HELD = (1, 4), (1, 4), (1, 8), (0, 1, 8)
 # Their goals lie a few hundredths from the bare loop: more rounds, of these alone, and longer measurements.
 CLOSE, CLOSER_ROUNDS, CLOSER_STEPS = ("bare", "alone", "average 8", "default 8"), 3, 2
 MEMORY = 15_360  # images of the epoch whose memory is measured: 20 MB of outputs a teacher
@@ -83,14 +83,14 @@ def _kind(name: str) -> tuple[str, int]:
 
 
 def trainings(task: Task, device: torch.device, bare: Bare, peer: peers.Peer | None) -> dict[str, Run]:
-    """Return every training of a task, by the name that `report` knows it by."""
+    """Return the other trainings of a task, and the bare loop, by the names that `report` knows them by."""
     ours = Ours(task, device)
-    runs = {"bare": bare.train(), "alone": ours.alone()}
+    runs = {"bare": bare.train()}
     runs |= {f"average {count}": ours.cached("average", count) for count in CACHED}
     runs |= {f"views {count}": ours.cached("views", count) for count in LIVE}
-    runs |= {f"default {count}": ours.cached("default", count) for count in CACHED[-1:]}
-    runs |= {f"each {count}": ours.cached("each", count) for count in CACHED[-1:]}
+    runs |= {"each 8": ours.cached("each", 8)}
     runs |= {f"live {count}": ours.live(count) for count in LIVE}
+    runs |= {f"compiled {count}": ours.live(count, compiled=True) for count in LIVE}
     if peer is not None:
         for style in ("samples", "batches"):
             runs |= {f"peer {style} {count}": peer.live(count, style) for count in LIVE}

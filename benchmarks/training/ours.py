@@ -141,12 +141,12 @@ class Ours:
         lesson = Lesson(recipe, self.labelled, self.unlabelled, teaching)
         return lambda: self._fit(learner, lesson, *self.batches)
 
-    def live(self, teachers: int) -> Run:
-        """Return the training by teachers that look at every view."""
+    def live(self, teachers: int, *, compiled: bool = False) -> Run:
+        """Return the training by teachers that look at every view; the first call compiles them."""
         teaching = Teaching.open(self.teaching("live", teachers))
         learner = self._learner(RECIPES["live"][0], teaching)
-        seeing = Live([Reference(self.task.world, n, str(self.device)).load() for n in range(teachers)]).fold()
-        lesson = Lesson("live", self.labelled, self.unlabelled, teaching, seeing)
+        loaded = [Reference(self.task.world, number, str(self.device)).load() for number in range(teachers)]
+        lesson = Lesson("live", self.labelled, self.unlabelled, teaching, Live(loaded, compiled=compiled).fold())
         return lambda: self._fit(learner, lesson, *self.batches)
 
     def _fit(self, learner: Learner, lesson: Lesson, labelled: int, taught: int) -> None:

@@ -14,6 +14,8 @@ from benchmarks.training.ours import VIEWS
 from benchmarks.training.turns import Times
 from benchmarks.training.world import BATCH, LABELLED, TAUGHT, World
 
+# The order of the rows.
+KINDS = ("bare", "alone", "average", "views", "default", "each", "live", "compiled", "peer")
 FLAT = 1.05  # the memory with eight teachers over that with one
 COLUMNS = {
     "task": "task",
@@ -35,11 +37,11 @@ class Found:
     steps : int
         Of one measurement.
     times : Times
-        Of the trainings, by name.
+        Of trainings, the bare loop among them, by name.
     longer : int
         Steps of one measurement in `close`.
     close : Times
-        Of those that are compared closely with the bare loop, among themselves.
+        Of those that are compared closely with the bare loop, and of that.
     filled : Times
         Of `fill`, the filling of the cache, and `forward`, the bare forward passes.
     rows : int
@@ -63,8 +65,14 @@ class Found:
     held: dict[int, dict[str, float]]
     workers: int | None
 
+    @property
+    def names(self) -> list[str]:
+        """All trainings, in the order of the rows."""
+        names = {*self.close.seconds, *self.times.seconds}
+        return sorted(names, key=lambda name: (KINDS.index(name.split()[0]), name))
+
     def of(self, name: str) -> tuple[Times, int]:
-        """Return where a training was measured best, and its steps there."""
+        """Return the times that a training is part of, and its steps there."""
         return (self.close, self.longer) if name in self.close else (self.times, self.steps)
 
 
@@ -88,6 +96,7 @@ def title(name: str) -> str:
         "default": f"ours, {teachers} cached, default recipe: they speak as one",
         "each": f"ours, {teachers} cached, transport to each of them",
         "live": f"ours, {teachers} live",
+        "compiled": f"ours, {teachers} live and compiled",
     }[kind]
 
 
@@ -100,7 +109,7 @@ def rivals(times: Times, name: str) -> list[str]:
 def rows_of(one: Found) -> Iterator[dict[str, Any]]:
     """Yield the rows of one task."""
     common = {"task": one.world.title}
-    for name in one.times.seconds:
+    for name in one.names:
         times, steps = one.of(name)
         rate = steps * BATCH / times.median(name)
         of_bare = times.ratio(name, "bare")
@@ -116,7 +125,7 @@ def rows_of(one: Found) -> Iterator[dict[str, Any]]:
             "epoch": f"{one.world.epoch / rate:,.1f} s",
             "bare": "" if name == "bare" else str(of_bare),
         }
-        if name.startswith(("average", "views", "live")) and (others := rivals(one.times, name)):
+        if name.startswith(("average", "views", "live", "compiled")) and (others := rivals(one.times, name)):
             ratios = {other: one.times.ratio(name, other) for other in others}
             row["of_peer"] = {other: [r.median, r.least, r.largest] for other, r in ratios.items()}
             row["peer"] = " / ".join(f"{ratio.median:.2f}" for ratio in ratios.values())
@@ -196,7 +205,7 @@ def publish(found: Sequence[Found], device: str, peer: str | None) -> None:
         else "torchdistill was not installed; its rows are missing."
     )
     note = (
-        f"{hardware(device)}; medians of {rounds} rounds, all rows of a task in turn in each; ratios are those within "
+        f"{hardware(device)}; medians of {rounds} rounds, the rows of a task in turn in each; ratios are those within "
         "a round, their median, least and largest. Every step has "
         f"{BATCH} images on all sides: {LABELLED} labelled and {TAUGHT} taught ones where teachers teach. Random "
         "pixels, shifts and flips, AdamW, float32, the same nets. A measurement is a whole call with "
@@ -226,11 +235,11 @@ def plot(found: Sequence[Found], path: Path) -> None:
     """Draw the rate of every training as a part of the bare loop's."""
     from matplotlib.figure import Figure
 
-    most = max(len(one.times.seconds) for one in found)
+    most = max(len(one.names) for one in found)
     figure = Figure(figsize=(6.5 * len(found), 0.34 * most + 1), layout="constrained")
     axes = figure.subplots(1, len(found), squeeze=False)[0]
     for axis, one in zip(axes, found, strict=True):
-        names = list(one.times.seconds)
+        names = one.names
         for place, name in enumerate(names):
             ratio = one.of(name)[0].ratio(name, "bare")
             colour = "tab:grey" if name.startswith("peer") else "black" if name == "bare" else "tab:blue"

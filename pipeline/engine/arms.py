@@ -135,7 +135,8 @@ def _learner(
     flowing = arm.flow if teaching is not None else None
     live, example = None, taught.images(torch.arange(min(2, len(taught))))
     if teaching is not None and ("live" in needed or flowing is not None):
-        live = Live([payload.teachers[name].load().to(device) for name in teaching.teachers])
+        loaded = [payload.teachers[name].load().to(device) for name in teaching.teachers]
+        live = Live(loaded, compiled=payload.loop.compile_teachers)
     rows = torch.nonzero(taught.labels >= 0)[:, 0]
     labels = taught.labels[rows]
     features = teaching.features(rows) if teaching is not None and "labelled" in needed else None

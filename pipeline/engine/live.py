@@ -29,10 +29,12 @@ class Live:
     ----------
     teachers : sequence of Teacher
         Already on the device that they are to work on.
+    compiled : bool
+        Compile them at the first batch, see `Teacher.compile_net`.
     """
 
-    def __init__(self, teachers: Sequence[Teacher]) -> None:
-        self.teachers = tuple(teachers)
+    def __init__(self, teachers: Sequence[Teacher], *, compiled: bool = False) -> None:
+        self.teachers, self.compiled = tuple(teachers), compiled
         self._types: list[torch.dtype | None] | None = None
 
     def tap(self, number: int, shapes: Shapes) -> None:
@@ -50,6 +52,8 @@ class Live:
         """Return what every teacher shows of the images (n, C, H, W), as stored."""
         if self._types is None:
             self._types = [choose_autocast(teacher, images) for teacher in self.teachers]
+            for teacher in self.teachers if self.compiled else ():
+                teacher.compile_net()
         shown = []
         for teacher, dtype in zip(self.teachers, self._types, strict=True):
             with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):

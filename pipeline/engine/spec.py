@@ -60,6 +60,11 @@ class LoopSpec(StrictModel):
         "memory of one part is enough. After running out of memory training goes on with twice as many",
     )
     compile: bool = Field(False, description="torch.compile the student; pays on a GPU and for long runs")
+    compile_teachers: bool = Field(
+        False,
+        description="torch.compile the teachers that run live: some seconds each before the first step, which pay in a "
+        "few hundred steps. On a CPU each worker needs a C++ compiler",
+    )
     ema: float | None = Field(
         None, gt=0, lt=1, description="the student is the running average of its weights, with this decay; null: none"
     )
@@ -84,7 +89,15 @@ class LoopSpec(StrictModel):
 
 # What a student is not told apart by: how it is fed, how much memory a step takes, when its state is kept, and how many
 # of its steps might have been left out.
-NOT_DECISIVE = ("parts", "compile", "prefetch", "checkpoint_every", "checkpoint_steps", "max_skipped")
+NOT_DECISIVE = (
+    "parts",
+    "compile",
+    "compile_teachers",
+    "prefetch",
+    "checkpoint_every",
+    "checkpoint_steps",
+    "max_skipped",
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Reading inner activations of any net through hooks that live for one forward pass."""
+"""Reading inner activations of any net through hooks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Activations = dict[tuple[str, str], Any]
 
 # Where nets of the usual libraries keep what follows the penultimate features.
 _HEADS = ("classifier", "fc", "head")
@@ -47,9 +50,10 @@ def find_penultimate(net: nn.Module) -> str | None:
     return linear[-1] if linear else None
 
 
-@contextmanager
-def captured(net: nn.Module, *, features: str | None, taps: Mapping[str, str]) -> Iterator[dict[tuple[str, str], Any]]:
-    """Collect activations of the forward pass that runs inside the block.
+def watch(
+    net: nn.Module, *, features: str | None, taps: Mapping[str, str]
+) -> tuple[Activations, list[RemovableHandle]]:
+    """Collect activations of the forward passes to come, until the handles are removed.
 
     Parameters
     ----------
@@ -59,12 +63,13 @@ def captured(net: nn.Module, *, features: str | None, taps: Mapping[str, str]) -
     taps : mapping of str to str
         Name to path of the modules whose output is kept.
 
-    Yields
-    ------
-    dict
+    Returns
+    -------
+    seen : dict
         ``("features", "")`` and ``("tap", name)`` to what was seen, filled while the net runs.
+    handles : list
     """
-    seen: dict[tuple[str, str], Any] = {}
+    seen: Activations = {}
 
     def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["features", ""] = args[0] if args else next(iter(kwargs.values()), None)
@@ -82,6 +87,18 @@ def captured(net: nn.Module, *, features: str | None, taps: Mapping[str, str]) -
             handles.append(module_at(net, features).register_forward_pre_hook(keep_input, with_kwargs=True))
         for name, path in taps.items():
             handles.append(module_at(net, path).register_forward_hook(keep_output(name)))
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
+    return seen, handles
+
+
+@contextmanager
+def captured(net: nn.Module, *, features: str | None, taps: Mapping[str, str]) -> Iterator[Activations]:
+    """Collect activations of the forward pass that runs inside the block, see `watch`."""
+    seen, handles = watch(net, features=features, taps=taps)
+    try:
         yield seen
     finally:
         for handle in handles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import TeacherError
-from pipeline.models.capture import captured, find_penultimate, module_at, pooled
+from pipeline.models.capture import Activations, captured, find_penultimate, module_at, pooled, watch
 from pipeline.models.folding import fold_batch_norms
 from pipeline.models.preprocessing import Preprocessing
 from pipeline.models.spec import PreprocessingSpec
@@ -83,6 +83,7 @@ class Teacher(nn.Module):
         self._features = features
         self._feature_dim: int | None = None
         self._has_modules, self._num_parameters = has_modules, sum(value.numel() for value in net.parameters())
+        self._compiled: Callable[[Tensor], tuple[Any, Activations]] | None = None
         if has_modules:
             self._find_features()
         elif features is not None or self.taps:
@@ -161,6 +162,35 @@ class Teacher(nn.Module):
             fold_batch_norms(self.net, outputs=set(self.taps.values()), inputs={self._features or ""})
         return self
 
+    def compile_net(self) -> Teacher:
+        """Have torch's compiler join what the net and its preprocessing do, from the next batch on, for good.
+
+        That batch takes seconds longer, and so does the first one of another size, precision or grad mode. For a
+        teacher whose `taps` do not change any more. A net that is one opaque graph is left as it is. Where the compiler
+        fails, `forward` says so.
+        """
+        if self._has_modules and self._compiled is None:
+            # Hooks that stay, for the compiler traces through them; those of a single pass would make it start anew.
+            seen, _ = watch(self.net, features=self._features, taps=self.taps)
+
+            def look(images: Tensor) -> tuple[Any, Activations]:
+                seen.clear()
+                return self.net(self.preprocessing(images)), dict(seen)
+
+            # Isolated, or all teachers together could be compiled for eight sizes and modes, and no more.
+            self._compiled = torch.compile(look, isolate_recompiles=True)  # type: ignore[call-overload]
+        return self
+
+    def _look(self, images: Tensor) -> tuple[Any, Activations]:
+        if self._compiled is not None:
+            try:
+                return self._compiled(images)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(getattr(error, "inner_exception", error)).strip().split("\n", 1)[0]
+                raise self._error(f"it can't be compiled here ({reason}); set compile_teachers: false") from error
+        with captured(self.net, features=self._features, taps=self.taps) as seen:
+            return self.net(self.preprocessing(images)), seen
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
         """Look at a batch.
@@ -173,10 +203,9 @@ class Teacher(nn.Module):
         Raises
         ------
         TeacherError
-            When the net's output is not what the zoo says of it.
+            When the net's output is not what the zoo says of it, or it is to be compiled and can't be.
         """
-        with captured(self.net, features=self._features, taps=self.taps) as seen:
-            output = self.net(self.preprocessing(images))
+        output, seen = self._look(images)
         logits, second = self._split(output)
         if logits.ndim != 2 or logits.shape[1] != len(self.classes):
             raise self._error(

@@ -289,25 +289,6 @@ def test_a_sweep_in_a_store_is_finished_by_another_machine(prepared, tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_sweep_whose_driver_was_killed_goes_on(world, no_cluster):
-    space = {LR: [1e-2, 5e-3, 2e-3], "distill.loop.epochs": [40]}
-    settings = settings_of(world, space=space, search="grid", max_concurrent=1)
-    command = [sys.executable, "-m", "jobs.sweep", "-c", str(world / "sweep.yaml"), f"run_dir={world / 'run'}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not list((world / "run" / "sweep").glob("*/trials/*/row.json")):
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    rows = {path: path.stat().st_mtime_ns for path in (world / "run" / "sweep").glob("*/trials/*/row.json")}
-    assert 1 <= len(rows) < 3
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=250)
-    assert "have ended before" in done.stdout and "trials 3/3" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in rows} == rows
-    assert settings.sweep is not None
-
-
-@pytest.mark.slow
 def test_a_population_takes_over_weights_and_values(cluster, world):
     settings = settings_of(
         world,
@@ -376,3 +357,23 @@ def test_an_interrupted_population_goes_on(cluster, world, monkeypatch):
         assert proposed[row.trial] == member["values"]
         assert heard[row.trial][0] > 2 and heard[row.trial][-1] == 12  # no epoch of its first leg was trained again
         assert row.curve[0] == tuple(member["curve"][0])
+
+
+# The last one: it ends the Ray that the others share.
+@pytest.mark.slow
+def test_a_sweep_whose_driver_was_killed_goes_on(world, no_cluster):
+    space = {LR: [1e-2, 5e-3, 2e-3], "distill.loop.epochs": [40]}
+    settings = settings_of(world, space=space, search="grid", max_concurrent=1)
+    command = [sys.executable, "-m", "jobs.sweep", "-c", str(world / "sweep.yaml"), f"run_dir={world / 'run'}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not list((world / "run" / "sweep").glob("*/trials/*/row.json")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    rows = {path: path.stat().st_mtime_ns for path in (world / "run" / "sweep").glob("*/trials/*/row.json")}
+    assert 1 <= len(rows) < 3
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=250)
+    assert "have ended before" in done.stdout and "trials 3/3" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in rows} == rows
+    assert settings.sweep is not None

@@ -18,7 +18,7 @@ from pipeline.engine.loop import fit
 from pipeline.engine.objective_spec import FlowSpec, LayersSpec, objective_of
 from pipeline.engine.objectives import build_objective, wants
 from pipeline.engine.spec import LoopSpec
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TeacherError
 from pipeline.models import nets
 from pipeline.models.recalibrate import assert_independent
 from pipeline.models.spec import PreprocessingSpec, StudentSpec
@@ -114,6 +114,42 @@ def test_nothing_of_a_teacher_changes(kind: str) -> None:
         assert shares and min(shares) == pytest.approx(1)
         assert history[0]["flow_kl"] >= 0 and history[0]["dependency"] > 0
     assert_independent(pupil, own, live.teachers)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_teachers_show_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tracing, which is ours to get right, in `make test`; what it makes of that, which takes longer, in slow."""
+    asked: list[object] = []
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda look, **how: asked.append(look) or compiler(look, backend=backend, **how)
+    )
+    found = []
+    for compiled in (False, True):
+        live, pupil = Live(teachers(), compiled=compiled), student()
+        learner = learner_of("hints", pupil, live)
+        lesson = Lesson("live", Shapes(12, True), Shapes(40, False), Says(), live.fold())
+        spec = LoopSpec(epochs=2, batch_size=16, labelled_batch=4)
+        history = fit(learner, lesson, spec, LocalContext(device=CPU), seed=0)
+        images = torch.randint(0, 256, (7, 1, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        found.append((live(images), live(images[:5]), history))
+    assert len(asked) == len(teachers())
+    for one, other in zip(found[0][0] + found[0][1], found[1][0] + found[1][1], strict=True):
+        torch.testing.assert_close(vars(one), vars(other))
+        assert one.taps
+    losses = [[epoch["loss"] for epoch in history] for _, _, history in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_teacher_that_can_not_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> None:
+        raise RuntimeError("no compiler found")
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda look, **how: compiler(look, backend=broken, **how))
+    live = Live(teachers(), compiled=True)
+    with pytest.raises(TeacherError, match=r"'residual': it can't be compiled .*no compiler.*compile_teachers: false"):
+        live(torch.zeros(4, 1, 12, 12, dtype=torch.uint8))
 
 
 def test_without_fading_the_loss_alone_sets_the_weights() -> None:

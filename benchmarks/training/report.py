@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,14 +210,15 @@ def publish(found: Sequence[Found], device: str, peer: str | None) -> None:
         f"{BATCH} images on all sides: {LABELLED} labelled and {TAUGHT} taught ones where teachers teach. Random "
         "pixels, shifts and flips, AdamW, float32, the same nets. A measurement is a whole call with "
         f"{' and '.join(str(one.steps) for one in found)} steps: ours with its checkpoint, the bare loop without any "
-        f"logging and with its images on the device. {_listed(found[0].close)} were measured apart from the others, in "
+        "logging and with its images on the device. What is compiled was so in the round that warms up. "
+        f"{_listed(found[0].close)} were measured apart from the others, in "
         f"{closer} rounds of {' and '.join(str(one.longer) for one in found)} steps. Epochs "
         f"are of {_epochs(found)} images. {beside} Memory: that of a process after one epoch by teachers of "
         "1,000 classes, without pages of mapped files."
     )
     rows = [row for one in found for row in rows_of(one)]
     write(name, rows, [one for part in found for one in goals_of(part)], COLUMNS, note)
-    plot(found, RESULTS / f"{name}.png")
+    plot(rows, RESULTS / f"{name}.png")
     for line in shown(found, device):
         print(line)
 
@@ -231,23 +232,26 @@ def _epochs(found: Sequence[Found]) -> str:
     return " and ".join(f"{one.world.epoch:,}" for one in found)
 
 
-def plot(found: Sequence[Found], path: Path) -> None:
-    """Draw the rate of every training as a part of the bare loop's."""
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the rate of every training as a part of the bare loop's, from the rows of the table."""
     from matplotlib.figure import Figure
 
-    most = max(len(one.names) for one in found)
-    figure = Figure(figsize=(6.5 * len(found), 0.34 * most + 1), layout="constrained")
-    axes = figure.subplots(1, len(found), squeeze=False)[0]
-    for axis, one in zip(axes, found, strict=True):
-        names = one.names
-        for place, name in enumerate(names):
-            ratio = one.of(name)[0].ratio(name, "bare")
-            colour = "tab:grey" if name.startswith("peer") else "black" if name == "bare" else "tab:blue"
-            axis.barh(place, ratio.median, color=colour)
-            axis.plot([ratio.least, ratio.largest], [place, place], color="0.3", lw=1.2)
+    trainings = [row for row in rows if "of_bare" in row]
+    tasks = list(dict.fromkeys(row["task"] for row in trainings))
+    most = max(sum(row["task"] == task for row in trainings) for task in tasks)
+    figure = Figure(figsize=(6.5 * len(tasks), 0.34 * most + 1), layout="constrained")
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axis, task in zip(axes, tasks, strict=True):
+        own = [row for row in trainings if row["task"] == task]
+        for place, row in enumerate(own):
+            kind = row["name"].split()[0]
+            colour = {"peer": "tab:grey", "bare": "black"}.get(kind, "tab:blue")
+            axis.barh(place, row["of_bare"], color=colour)
+            axis.plot(row["of_bare_range"], [place, place], color="0.3", lw=1.2)
         axis.axvline(1, color="black", lw=0.8)
-        axis.set_yticks(range(len(names)), [title(name) for name in names], fontsize=8)
-        axis.invert_yaxis()
-        axis.set(title=one.world.title, xlabel="images per second, of the bare loop's")
+        axis.set_yticks(range(len(own)), [row["title"] for row in own], fontsize=8)
+        axis.set_ylim(len(own) - 0.4, -0.6)
+        axis.set_title(task)
+        axis.set_xlabel("rate over the bare loop's", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

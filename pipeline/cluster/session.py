@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from pipeline.errors import ConfigError, UserError
 
 # Linux takes 107 bytes for a Unix socket's path; Ray adds up to 66 of its own (session name, process id, file name).
 _LONGEST_TEMP_DIR = 40
+
+_WATCH_S = 5.0
 
 _ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -50,6 +54,8 @@ _LOCAL = {
     "RAY_worker_niceness": "0",  # Ray's 15 lets anything else that runs on the machine starve the workers
 }
 _REMOTE = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+# Where a head is lost, the driver's native code writes a line a second for a minute, and then ends the process.
+_QUIET_REMOTE = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 # What a driver's environment says about how its workers compute; no credentials.
 _PROPAGATED = (
@@ -64,6 +70,9 @@ _PROPAGATED = (
 # In a job's own command these are Ray's choice for a process without processors of its own: one thread. Workers get as
 # many threads as processors.
 _OF_THE_COMMAND = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+# [2026-11-30 21:24:40,256 W 12991 12991] gcs_client.cc:210: …
+_NATIVE = re.compile(r"\[[^]]*\] \w+\.cc:\d+: ")
 
 _active: ClusterSpec | None = None
 
@@ -91,12 +100,18 @@ def session(spec: ClusterSpec, verbose: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with _environment(_ALWAYS | (_LOCAL if spec.local else _REMOTE) | ({} if verbose else _QUIET)), _same_modules(spec):
+    values = _ALWAYS | (_LOCAL if spec.local else _REMOTE)
+    if not verbose:
+        values |= _QUIET if spec.local else _QUIET | _QUIET_REMOTE
+    with _environment(values), _same_modules(spec):
         try:
             with calm(verbose):
                 _connect(spec, verbose)
             _active = spec
-            with contextlib.nullcontext() if verbose else _no_notices():
+            with (
+                contextlib.nullcontext() if verbose else _no_notices(),
+                contextlib.nullcontext() if spec.local else _watched_head(str(spec.address)),
+            ):
                 yield
         finally:
             _active = None
@@ -183,12 +198,21 @@ def _connect(spec: ClusterSpec, verbose: bool) -> None:
     else:
         _knock(str(spec.address))
         options |= {"address": spec.address, "runtime_env": _runtime_env(spec)}
+    told = ""
     try:
-        with _same_sigterm():
-            ray.init(**options)
+        with _same_sigterm(), _native_lines(verbose or spec.local) as lines:
+            try:
+                ray.init(**options)
+            finally:
+                told = lines()
     except Exception as error:
         if spec.local:
             raise UserError(f"cluster: the local Ray did not start ({one_line(error)}); -v shows its log") from error
+        if "InvalidAuthToken" in told:
+            raise UserError(
+                f"cluster.address {spec.address!r} asks for a token, and has another one than this environment; set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (`ray get-auth-token` on the head tells it)"
+            ) from error
         raise UserError(
             f"cluster.address {spec.address!r} can't be reached ({one_line(error)}); "
             "check it, or leave it out for a local Ray"
@@ -220,6 +244,34 @@ def _runtime_env(spec: ClusterSpec) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def _native_lines(shown: bool) -> Iterator[Callable[[], str]]:
+    """Hold back what Ray's native code writes past Python, a line a second, while it fails to connect.
+
+    Yields what returns it. Lines of others are written out at the end.
+    """
+    if shown:
+        yield str
+        return
+    with tempfile.TemporaryFile() as held:
+
+        def told() -> str:
+            return os.pread(held.fileno(), 2**20, 0).decode(errors="replace")
+
+        sys.stderr.flush()
+        own = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield told
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, 2)
+            os.close(own)
+            for line in told().splitlines():
+                if not _NATIVE.match(line):
+                    print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
 def _same_sigterm() -> Iterator[None]:
     """Leave SIGTERM to whoever handles it: Ray would end the process without a word."""
     before = signal.getsignal(signal.SIGTERM)
@@ -230,13 +282,52 @@ def _same_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _watched_head(address: str) -> Iterator[None]:
+    """Say when the head is gone: Ray itself waits for a minute, then ends this process whatever it is in."""
+    if not address.startswith("ray://"):
+        address = ray.get_runtime_context().gcs_address
+    ended = threading.Event()
+
+    def watch() -> None:
+        missed = 0
+        while not ended.wait(_WATCH_S):
+            try:
+                _touch(address)
+            except OSError:
+                missed += 1
+                if missed == 2:
+                    print(
+                        f"cluster: its head at {address} does not answer. If it is lost, Ray ends this process within "
+                        "a minute; the same command goes on where it was, on this cluster or another one.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            else:
+                if missed >= 2:
+                    print("cluster: its head answers again", file=sys.stderr, flush=True)
+                missed = 0
+
+    thread = threading.Thread(target=watch, name="head", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _touch(address: str) -> None:
+    """Connect to a port and close it again; OSError where that can't be done."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+
+
 def _knock(address: str) -> None:
     """Try the address's port first: Ray itself retries for a minute and logs each time."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator or not port.isdigit():
-        return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        _touch(address)
     except OSError as error:
         raise UserError(
             f"cluster.address {address!r} can't be reached ({error.strerror or error}); "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import time
@@ -331,11 +330,22 @@ class _Spool:
     def images(self, rows: np.ndarray, spec: ImageSpec) -> pa.Array:
         """Return images as an Arrow array."""
         self._file.flush()
-        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if spec.storage == "encoded":
-                return pa.array([content[self._ends[r] : self._ends[r + 1]] for r in rows.tolist()], pa.binary())
-            gathered = np.frombuffer(content, dtype=np.uint8).reshape(len(self), -1)[rows]
-        return fixed_binary(gathered)
+        stored = np.asarray(np.memmap(self._file, np.uint8, mode="r"))
+        if spec.storage == "encoded":
+            return self._encoded(stored, rows)
+        return fixed_binary(stored.reshape(len(self), -1)[rows])
+
+    def _encoded(self, stored: np.ndarray, rows: np.ndarray) -> pa.Array:
+        """Gather images of different lengths into one buffer: Arrow would hold them twice while it makes its own."""
+        ends = np.frombuffer(self._ends, dtype=np.int64)
+        starts, lengths = ends[rows], ends[rows + 1] - ends[rows]
+        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        gathered = np.empty(offsets[-1], dtype=np.uint8)
+        for place, start, length in zip(offsets.tolist(), starts.tolist(), lengths.tolist(), strict=False):
+            gathered[place : place + length] = stored[start : start + length]
+        return pa.BinaryArray.from_buffers(
+            pa.binary(), len(rows), [None, pa.py_buffer(offsets), pa.py_buffer(gathered)]
+        )
 
 
 def _collect(source: Source, spec: ImageSpec, spool: _Spool, renumber: list[int] | None) -> list[tuple[str, str]]:

@@ -165,6 +165,7 @@ def write_table(
                 pa.DictionaryArray.from_arrays(pa.array(codes[part], pa.int8()), names),
             ]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+            del columns  # before the next ones are made
 
 
 def fixed_binary(rows: np.ndarray) -> pa.Array:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.distillation.step import Head
+from pipeline.models.gathering import Rows
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ def predict(
     if isinstance(model, torch.nn.Module):
         model.eval()
     try:
-        return torch.cat([model(images.to(device)).float().cpu() for images in batches])
+        rows = Rows()
+        for images in batches:
+            rows.add(model(images.to(device)).float())
+        return rows.all()
     finally:
         if isinstance(model, torch.nn.Module):
             model.train(was_training)

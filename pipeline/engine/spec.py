@@ -62,8 +62,8 @@ class LoopSpec(StrictModel):
     compile: bool = Field(False, description="torch.compile the student; pays on a GPU and for long runs")
     compile_teachers: bool = Field(
         False,
-        description="torch.compile the teachers that run live: some seconds each before the first step, which pay in a "
-        "few hundred steps. On a CPU each worker needs a C++ compiler",
+        description="torch.compile the teachers that run live: some seconds each before the first step. On a CPU it "
+        "gains a few per cent and needs a C++ compiler",
     )
     ema: float | None = Field(
         None, gt=0, lt=1, description="the student is the running average of its weights, with this decay; null: none"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import TeacherError
 from pipeline.models.capture import Activations, captured, find_penultimate, module_at, pooled, watch
 from pipeline.models.folding import fold_batch_norms
+from pipeline.models.gathering import Rows
 from pipeline.models.preprocessing import Preprocessing
 from pipeline.models.spec import PreprocessingSpec
 
@@ -278,7 +279,7 @@ def predict(
         When a logit or feature is NaN or infinite, or the output is not what the zoo says.
     """
     device = teacher.device
-    outputs: list[TeacherOutput] = []
+    logits, features, shown = Rows(), Rows(), {tap: Rows() for tap in teacher.taps if taps}
     with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for batch in batches:
             images = batch if isinstance(batch, Tensor) else batch[1]
@@ -290,13 +291,9 @@ def predict(
                     f"teacher {teacher.name!r}: NaN or infinite {which}; check its weights and `preprocessing`"
                     + ("" if autocast is None else f", or run it without {autocast}")
                 )
-            kept = {tap: value.cpu() for tap, value in said.taps.items()} if taps else {}
-            outputs.append(TeacherOutput(said.logits.cpu(), said.features.cpu(), kept))
-    if not outputs:
-        raise ValueError("batches must not be empty")
+            logits.add(said.logits)
+            features.add(said.features)
+            for tap, rows in shown.items():
+                rows.add(said.taps[tap])
     # Outside of inference mode, so that the results are ordinary tensors.
-    return TeacherOutput(
-        torch.cat([output.logits for output in outputs]),
-        torch.cat([output.features for output in outputs]),
-        {tap: torch.cat([output.taps[tap] for output in outputs]) for tap in outputs[0].taps},
-    )
+    return TeacherOutput(logits.all(), features.all(), {tap: rows.all() for tap, rows in shown.items()})

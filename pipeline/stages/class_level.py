@@ -113,8 +113,7 @@ def _by_names(run: Run) -> Callable[[str], Tensor | None]:
 
 
 def _by_centres(run: Run) -> Callable[[str], Tensor | None]:
-    import torch
-
+    from pipeline.models.gathering import Rows
     from pipeline.models.reference import reference_embedding
     from pipeline.transport.ground_cost import class_centres, reference_cost
 
@@ -126,8 +125,10 @@ def _by_centres(run: Run) -> Callable[[str], Tensor | None]:
     with run.display.working("reading the task's class centres"):
         embed, reference = reference_embedding(_reference(run), **load_options(run))
         split = table.split(*LABELLED[:2])
-        features = torch.cat([embed(images) for _, images in split.batches(run.settings.assess.batch_size)])
-        target = class_centres(features, split.labels, len(table.classes))
+        features = Rows()
+        for _, images in split.batches(run.settings.assess.batch_size):
+            features.add(embed(images))
+        target = class_centres(features.all(), split.labels, len(table.classes))
     origin = target.mean(0)  # features are mostly positive: without an origin all directions are alike
 
     def cost(name: str) -> Tensor | None:

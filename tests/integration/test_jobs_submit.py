@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
+from tests import rayhead
 from tests.tiny import make_data, make_settings, make_zoo
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
@@ -45,17 +42,6 @@ def ask(url: str) -> Any:
         return json.load(response)
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
 def until(reached: Callable[[], object], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
@@ -66,31 +52,20 @@ def until(reached: Callable[[], object], what: str, seconds: float = 120) -> Non
 @pytest.fixture(scope="module")
 def head(no_cluster: None) -> Iterator[str]:
     """The address of the dashboard of a cluster of one node, beside any other that runs on this machine."""
-    folder = Path(tempfile.mkdtemp(prefix="fj-", dir="/tmp"))
     names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
-    command += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--num-gpus=0", f"--object-store-memory={150 * 2**20}"]
-    command += [f"--temp-dir={folder}", "--disable-usage-stats", *(f"--{name}={port}" for name, port in ports.items())]
+    ports = dict(zip(names, rayhead.free_ports(len(names)), strict=True))
+    options = ["--include-dashboard=true", "--dashboard-host=127.0.0.1"]
+    options += [f"--{name}={port}" for name, port in ports.items()]
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
-    with (folder / "start.log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment() | {"RAY_AUTH_MODE": "token", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
-            cwd=folder,
-            start_new_session=True,
-        )
+    with rayhead.started(*options, environment=environment() | {"RAY_AUTH_MODE": "token"}) as (process, folder):
 
-    def answers() -> bool:
-        assert process.poll() is None, (folder / "start.log").read_text()
-        try:
-            return bool(ask(f"{address}/api/version"))
-        except (urllib.error.URLError, OSError):
-            return False
+        def answers() -> bool:
+            assert process.poll() is None, (folder / "start.log").read_text()
+            try:
+                return bool(ask(f"{address}/api/version"))
+            except (urllib.error.URLError, OSError):
+                return False
 
-    try:
         try:
             until(answers, "no dashboard")
         except AssertionError:
@@ -98,15 +73,6 @@ def head(no_cluster: None) -> Iterator[str]:
                 print(log.name, log.read_text(errors="replace")[-3000:])
             raise
         yield address
-    finally:
-        started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.terminate()
-        process.wait(30)
-        _, alive = psutil.wait_procs(started, timeout=20)
-        for one in alive:
-            one.kill()
-        psutil.wait_procs(alive, timeout=10)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def cluster(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clust
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here.parents[2]), str(here.parent)]))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")  # how long each of many short epochs waits at most
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")  # a node that is gone is missed after five of these
     options: dict[str, Any] = {"object_store_memory": 100 * 2**20}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **options})

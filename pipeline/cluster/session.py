@@ -249,8 +249,12 @@ def _native_lines(shown: bool) -> Iterator[Callable[[], str]]:
 
     Yields what returns it. Lines of others are written out at the end.
     """
-    if shown:
-        yield str
+    own = None
+    if not shown:
+        with contextlib.suppress(OSError):  # where there is no error stream
+            own = os.dup(2)
+    if own is None:
+        yield lambda: ""
         return
     with tempfile.TemporaryFile() as held:
 
@@ -258,7 +262,6 @@ def _native_lines(shown: bool) -> Iterator[Callable[[], str]]:
             return os.pread(held.fileno(), 2**20, 0).decode(errors="replace")
 
         sys.stderr.flush()
-        own = os.dup(2)
         os.dup2(held.fileno(), 2)
         try:
             yield told

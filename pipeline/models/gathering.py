@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LEAST = 32  # batches that the first piece has room for
+_LEAST, _LARGEST = 32, 64 << 20  # batches that the first piece has room for; bytes of any piece that takes several
 
 
 class Rows:
@@ -13,7 +13,7 @@ class Rows:
 
     Small tensors that stay, made between large ones that go, leave holes that the next large ones do not fit into: a
     process that kept the outputs of 128 batches of 6 MB, one tensor each, grew by 700 MB. Each piece has room for as
-    many rows as all before it, so that there are log₂(N) of them.
+    many rows as all before it, up to 64 MiB.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,8 @@ class Rows:
         first = 0
         while first < len(rows):
             if not self._pieces or self._used == len(self._pieces[-1]):
-                room = max(_LEAST * len(rows), self._total)
+                wanted = max(_LEAST * len(rows), self._total)
+                room = max(len(rows), min(wanted, _LARGEST // max(1, rows[0].numel() * rows.element_size())))
                 self._pieces.append(torch.empty((room, *rows.shape[1:]), dtype=rows.dtype))
                 self._used = 0
             piece = self._pieces[-1]

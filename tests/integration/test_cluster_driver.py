@@ -2,6 +2,7 @@
 
 import functools
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cluster import session as session_module
 from pipeline.cluster.session import session
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.engine.checkpoint import CheckpointStore
@@ -117,3 +119,42 @@ def test_a_temp_dir_too_long_for_a_socket_is_refused(no_cluster, tmp_path):
         session(ClusterSpec(temp_dir=str(tmp_path / ("x" * 60)))),
     ):
         pass
+
+
+def test_a_head_that_is_gone_is_told_once_and_so_is_its_return(capsys, monkeypatch):
+    monkeypatch.setattr(session_module, "_WATCH_S", 0.02)
+    told = ""
+
+    def heard(text):
+        nonlocal told
+        told += capsys.readouterr().err
+        return text in told
+
+    head = socket.create_server(("127.0.0.1", 0))
+    port = head.getsockname()[1]
+    with session_module._watched_head(f"ray://127.0.0.1:{port}"):
+        time.sleep(0.1)
+        assert not heard("cluster")
+        head.close()
+        until(lambda: heard("does not answer"))
+        time.sleep(0.1)
+        assert not heard("again")
+        with socket.create_server(("127.0.0.1", port)):
+            until(lambda: heard("its head answers again"))
+    assert told.count("does not answer. If it is lost, Ray ends this process within a minute") == 1
+    assert told.count("answers again") == 1
+
+
+def test_native_lines_are_held_back_and_others_are_not(capfd):
+    with session_module._native_lines(shown=False) as told:
+        os.write(2, b"[2026-11-30 21:24:40,256 W 12991 12991] gcs_client.cc:210: InvalidAuthToken\n")
+        os.write(2, b"what somebody else has to say\n")
+        assert "InvalidAuthToken" in told()
+    assert capfd.readouterr().err == "what somebody else has to say\n"
+
+
+def until(reached):
+    deadline = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -89,7 +89,6 @@ done.set()
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells what belongs to a process alone")
 @pytest.mark.parametrize("storage", ["raw", pytest.param("encoded", marks=pytest.mark.slow)])
 def test_half_of_the_images_fit_into_memory(tmp_path: Path, storage: str) -> None:
     images = np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)

@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
+import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -28,6 +31,24 @@ MANIFEST = "faculty-manifest.json"
 KEPT = 2
 _STATE = "state.pt"
 _NAME = re.compile(r"checkpoint_(\d{6,})-[0-9a-f]+")
+_ON_ITS_WAY, _FETCHED = "faculty-state-", "faculty-checkpoint-"
+_FORGOTTEN_S = 24 * 3600.0
+
+
+def new_folder() -> Path:
+    """Return an empty folder on this machine for a state that is on its way to the storage."""
+    return Path(tempfile.mkdtemp(prefix=_ON_ITS_WAY))
+
+
+def clear_forgotten() -> None:
+    """Delete what trainings that were killed left of checkpoints on this machine: our folders, a day old or more."""
+    found = (path for start in (_ON_ITS_WAY, _FETCHED) for path in Path(tempfile.gettempdir()).glob(f"{start}*"))
+    for path in found:
+        with contextlib.suppress(OSError):  # another training may be at it as well
+            info = path.lstat()
+            own = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid()
+            if own and time.time() - info.st_mtime > _FORGOTTEN_S:
+                shutil.rmtree(path)
 
 
 @dataclass(frozen=True)
@@ -175,7 +196,7 @@ class CheckpointStore:
         if isinstance(self.filesystem, fs.LocalFileSystem):
             yield Path(self.root) / name
             return
-        folder = Path(tempfile.mkdtemp(prefix="faculty-checkpoint-"))
+        folder = Path(tempfile.mkdtemp(prefix=_FETCHED))
         try:
             fs.copy_files(f"{self.root}/{name}", folder.as_posix(), self.filesystem, fs.LocalFileSystem())
             yield folder

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.engine.checkpoint import load_state, save_state
+from pipeline.engine.checkpoint import clear_forgotten, load_state, new_folder, save_state
 from pipeline.engine.context import WorkerContext
 from pipeline.engine.feeding import Batch, Feed, Images, Lesson
 from pipeline.engine.learner import Learner, Other
@@ -139,6 +137,7 @@ class _Training:
         self._told, self._asked = False, time.monotonic()
 
     def run(self) -> list[dict[str, float]]:
+        clear_forgotten()
         with self.context.restore() as folder:
             state = load_state(folder) if folder is not None else None
         if state is not None and state["name"] == self.lesson.name:
@@ -322,7 +321,7 @@ class _Training:
         if state is None or self.context.rank:
             self.context.report(reported)
             return
-        folder = Path(tempfile.mkdtemp(prefix="faculty-state-"))  # the context takes it over
+        folder = new_folder()  # the context takes it over
         try:
             save_state(folder, state)
         except (OSError, RuntimeError) as error:  # torch's writer says the latter of a full disk

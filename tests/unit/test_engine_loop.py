@@ -1,6 +1,8 @@
 """The training loop: exact resume, sharing among ranks, controls."""
 
 import math
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,23 @@ def train(folder: Path | None, *, kill_after: int | None = None, taught: bool = 
     with LocalContext(store, on_report, CPU) as context:
         history = fit(Learner(student, TinyObjective()), lesson(taught), spec, context, seed=3)
     return student.state_dict(), history
+
+
+def test_what_killed_trainings_left_goes_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    old, link, young, other = (
+        tmp_path / f"faculty-{name}" for name in ("state-a", "state-b", "checkpoint-c", "model-d")
+    )
+    target = tmp_path / "kept"
+    for folder in (old, young, other, target):
+        folder.mkdir()
+        (folder / "state.pt").write_bytes(b"weights")
+    link.symlink_to(target)
+    for path in (old, link, other, target):
+        os.utime(path, (time.time() - 90_000,) * 2, follow_symlinks=False)
+    train(None, epochs=1)
+    assert sorted(tmp_path.iterdir()) == sorted([link, young, other, target])
+    assert (target / "state.pt").exists()
 
 
 @pytest.mark.parametrize("kill_after", [1, 2, 3, 5])

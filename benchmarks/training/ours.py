@@ -142,7 +142,7 @@ class Ours:
         return lambda: self._fit(learner, lesson, *self.batches)
 
     def live(self, teachers: int, *, compiled: bool = False) -> Run:
-        """Return the training by teachers that look at every view; the first call compiles them."""
+        """Return the training by teachers that look at every view; its first call compiles them, where asked to."""
         teaching = Teaching.open(self.teaching("live", teachers))
         learner = self._learner(RECIPES["live"][0], teaching)
         loaded = [Reference(self.task.world, number, str(self.device)).load() for number in range(teachers)]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.errors import FacultyError, StageError
+from pipeline.errors import FacultyError, StageError, UserError
 
 if TYPE_CHECKING:
     from pipeline.engine.checkpoint import CheckpointStore
@@ -35,6 +35,14 @@ def root_cause(error: BaseException) -> BaseException:
                 error = inner
                 break
     return error
+
+
+def another_token(where: str) -> UserError:
+    """Return the error for a head whose token this environment does not have."""
+    return UserError(
+        f"{where} asks for a token, and has another one than this environment; set RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN (`ray get-auth-token` on the head tells it)"
+    )
 
 
 def is_death(error: object) -> bool:

@@ -21,6 +21,7 @@ from ray._private.runtime_env import packaging
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient, JobType
 
+from pipeline.cluster.causes import another_token
 from pipeline.cluster.job_request import STOP_WAIT, Job, JobRequest
 from pipeline.errors import FacultyError, UserError
 from pipeline.tracking.redact import one_line, redact
@@ -59,10 +60,7 @@ class JobServer:
             with _without(_ADDRESSES), _quiet():
                 self._client = _open(url)
         except AuthenticationError:
-            raise UserError(
-                f"{self.address} asks for a token, and has another one than this environment; set RAY_AUTH_MODE=token "
-                "and RAY_AUTH_TOKEN (`ray get-auth-token` on the head tells it)"
-            ) from None
+            raise another_token(self.address) from None
         except Exception as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
             raise UserError(

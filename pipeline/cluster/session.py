@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from pipeline.cluster.causes import one_line
+from pipeline.cluster.causes import another_token, one_line
 from pipeline.cluster.in_job import job_environment
 from pipeline.cluster.spec import ClusterSpec
 from pipeline.errors import ConfigError, UserError
@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError, UserError
 # Linux takes 107 bytes for a Unix socket's path; Ray adds up to 66 of its own (session name, process id, file name).
 _LONGEST_TEMP_DIR = 40
 
-_WATCH_S = 5.0
+_WATCH_S = 5.0  # between two looks at whether the head answers; the second in vain is told
 
 _ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -209,10 +209,7 @@ def _connect(spec: ClusterSpec, verbose: bool) -> None:
         if spec.local:
             raise UserError(f"cluster: the local Ray did not start ({one_line(error)}); -v shows its log") from error
         if "InvalidAuthToken" in told:
-            raise UserError(
-                f"cluster.address {spec.address!r} asks for a token, and has another one than this environment; set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (`ray get-auth-token` on the head tells it)"
-            ) from error
+            raise another_token(f"cluster.address {spec.address!r}") from error
         raise UserError(
             f"cluster.address {spec.address!r} can't be reached ({one_line(error)}); "
             "check it, or leave it out for a local Ray"

@@ -12,7 +12,7 @@ class Rows:
     """Rows of N samples, given a batch at a time and kept on the CPU in a few large pieces.
 
     Small tensors that stay, made between large ones that go, leave holes that the next large ones do not fit into: a
-    process that kept the outputs of 128 batches of 6 MB, one tensor each, grew by 700 MB. Each piece has room for as
+    process that kept the outputs of 128 batches of 6 MB, one tensor each, grew by 400 MB. Each piece has room for as
     many rows as all before it, up to 64 MiB.
     """
 

@@ -40,9 +40,11 @@ def test_another_head_goes_on(no_cluster: None, tmp_path: Path) -> None:
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     known = plain | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-    def start(port: int, environment: dict[str, str] = known) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "jobs.cli", "run", "-c", str(settings), f"cluster.address=127.0.0.1:{port}"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    def command(port: int) -> list[str]:
+        return [sys.executable, "-m", "jobs.cli", "run", "-c", str(settings), f"cluster.address=127.0.0.1:{port}"]
+
+    def call(port: int, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command(port), capture_output=True, text=True, env=environment, timeout=240, check=False)
 
     def newest() -> int:
         folder = next(run.glob("ray/epochs-*"), None)
@@ -51,12 +53,11 @@ def test_another_head_goes_on(no_cluster: None, tmp_path: Path) -> None:
 
     [port] = rayhead.free_ports(1)
     with rayhead.started(f"--port={port}", "--include-dashboard=false", environment=known) as (head, _):
-        output = start(port, plain).communicate(timeout=120)[0]
-        assert output.splitlines()[-1].startswith(
-            f"error: cluster.address '127.0.0.1:{port}' asks for a token, and has"
-        )
-        assert "gcs_client" not in output
-        driver = start(port)
+        refused = call(port, plain)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"error: cluster.address '127.0.0.1:{port}' asks for a token, and has another")
+        assert refused.stderr.count("\n") == 1
+        driver = subprocess.Popen(command(port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=known)
         try:
             deadline = time.monotonic() + 240
             while newest() < 2:
@@ -78,9 +79,8 @@ def test_another_head_goes_on(no_cluster: None, tmp_path: Path) -> None:
 
     [port] = rayhead.free_ports(1)
     with rayhead.started(f"--port={port}", "--include-dashboard=false", environment=known):
-        driver = start(port)
-        output = driver.communicate(timeout=240)[0]
-    assert driver.returncode == 0, output
+        done = call(port, known)
+    assert done.returncode == 0, done.stdout + done.stderr
     history = json.loads(next(run.glob("distill/*/history.json")).read_text())
     assert [row["epoch"] for row in history] == list(range(1, EPOCHS + 1))
     assert newest() == EPOCHS - 1  # a checkpoint an epoch: it did not begin anew
